@@ -1,0 +1,63 @@
+"""Errors a person can act on: one line that says what, where, and the nearest right thing."""
+
+import difflib
+import errno
+import functools
+import sys
+
+
+class UserError(Exception):
+    """A mistake in the input, not in the program; printed as one line with exit status 2."""
+
+
+def nearest(name, options, *, shown=12):
+    """Returns ``"; nearest: 'x'"`` for a near miss, else ``"; known: a, b, …"`` (empty without options)."""
+    options = [str(o) for o in options]
+    close = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+    if close:
+        return f"; nearest: {close[0]!r}"
+    if not options:
+        return ""
+    rest = ", …" if len(options) > shown else ""
+    return "; known: " + ", ".join(sorted(options)[:shown]) + rest
+
+
+def disk_full(error):
+    """Whether an exception, or anything it was raised from, says that no space is left."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            return True
+        text = str(error)
+        if any(t in text for t in ("No space left", "ENOSPC", "File too large", "RESOURCE_EXHAUSTED: Error writing")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+def cli(main):
+    """Wraps a command-line ``main(argv)``: a ``UserError`` or a full disk ends as one line, exit status 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("stopped; run the same command again to resume", file=sys.stderr)
+            sys.exit(130)
+        except Exception as error:
+            if not disk_full(error):
+                raise
+            where = getattr(error, "filename", None) or "the output folder"
+            print(f"error: no space left on the disk while writing {where}; what was saved before is intact: "
+                  "free some space and run the same command again", file=sys.stderr)
+        sys.exit(2)
+
+    return wrapped

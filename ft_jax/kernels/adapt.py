@@ -1,0 +1,81 @@
+"""Putting kernels into a tree by rules, taking them out again, and saying what they train."""
+
+import re
+import zlib
+
+import jax
+
+from ft_jax import registry, tree
+from ft_jax.errors import UserError, nearest
+from ft_jax.kernels.base import dense, is_kernel
+
+
+def parse_rule(text):
+    """``"lora(rank=8, alpha=16)"`` -> ``("lora", {"rank": 8, "alpha": 16})``; numbers, booleans and words only."""
+    found = re.fullmatch(r"\s*([\w+-]+)\s*(?:\((.*)\))?\s*", text)
+    if not found:
+        raise UserError(f"cannot read the method {text!r}; write it as name(key=value, …)")
+    name, body = found.groups()
+    hp = {}
+    for part in filter(None, (p.strip() for p in (body or "").split(","))):
+        key, sep, value = (p.strip() for p in part.partition("="))
+        if not sep or not value:
+            raise UserError(f"cannot read {part!r} in {text!r}; write it as key=value")
+        hp[key] = _value(value)
+    return name, hp
+
+
+def _value(text):
+    if text in ("True", "False", "true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text.strip("'\"")
+
+
+def adapt(params, rules, rng):
+    """Replaces leaves by kernels: ``rules`` is an ordered list of ``(regex over paths, "name(hp)")``.
+
+    Rules are tried in order on every matrix leaf (``…/kernel``); the first full match decides, ``"none"``
+    leaves the leaf alone. A leaf that already is a kernel gets the new one around it (kernels nest).
+    Raises UserError for a rule that matches nothing, an unknown kernel or hyper-parameter, or an unfit leaf.
+    """
+    leaves = tree.flatten(params, is_leaf=is_kernel)
+    chosen = tree.match(rules, leaves, what="kernel rule", default="none")
+
+    def replace(path, leaf):
+        if chosen[path] == "none":
+            return leaf
+        if not path.endswith("/kernel") or len(leaf.shape) < 2:
+            matrices = [p for p in leaves if p.endswith("/kernel")]
+            raise UserError(f"{path} (shape {leaf.shape}) is not a matrix that takes a kernel{nearest(path, matrices)}")
+        name, hp = parse_rule(chosen[path])
+        try:
+            return registry.call("kernel", name, leaf, jax.random.fold_in(rng, zlib.crc32(path.encode())), **hp)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    return tree.map_with_path(replace, params, is_leaf=is_kernel)
+
+
+def trainable(params):
+    """Tree of bool: the fields that kernels declare trainable; False everywhere else."""
+
+    def mark(kernel):
+        if not is_kernel(kernel):
+            return jax.tree.map(lambda _: False, kernel)
+        fields = {
+            name: mark(value) if is_kernel(value) else jax.tree.map(lambda _, n=name: n in kernel.trainable, value)
+            for name, value in vars(kernel).items()
+        }
+        return kernel.replace(**fields)
+
+    return jax.tree.map(mark, params, is_leaf=is_kernel)
+
+
+def merge(params):
+    """Every kernel as the plain float32 array it stands for."""
+    return jax.tree.map(dense, params, is_leaf=is_kernel)

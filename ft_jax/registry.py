@@ -1,0 +1,95 @@
+"""Every method by kind and name; a method is one function plus one decorator."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+
+from ft_jax.errors import UserError, nearest
+
+KINDS = {
+    "kernel": "(w, rng, **hp) -> Kernel",
+    "tap": "(site, shape, rng, **hp) -> Tap",
+    "mask": "(params, step, **hp) -> tree of bool",
+    "update": "(**hp) -> optax.GradientTransformation",
+    "objective": "(apply, params, batch, rng) -> (loss, metrics)",
+    "selector": "(scores or features, budget) -> indices or weights",
+    "merge": "(base, [tuned], **hp) -> params",
+    "edit": "(params, requests, **hp) -> params",
+    "decode": "(logits of one or more models, state) -> logits",
+    "analysis": "(base, tuned, **hp) -> {name: array}",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    kind: str
+    name: str
+    fn: Callable
+    paper: str
+
+    @property
+    def summary(self):
+        return inspect.getdoc(self.fn).splitlines()[0]
+
+    @property
+    def hyperparameters(self):
+        """Keyword-only parameters and their defaults: what a config may set."""
+        return {
+            p.name: p.default
+            for p in inspect.signature(self.fn).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+
+
+_METHODS: dict[tuple[str, str], Method] = {}
+
+
+def register(kind, name, *, paper):
+    """Enters a function under ``kind`` and ``name``; duplicates, unknown kinds and missing docstrings raise."""
+
+    def enter(fn):
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r} for {name!r}{nearest(kind, KINDS)}")
+        if (kind, name) in _METHODS:
+            raise ValueError(f"{kind} {name!r} is registered twice: {_METHODS[kind, name].fn.__module__} and {fn.__module__}")
+        if not inspect.getdoc(fn):
+            raise ValueError(f"{kind} {name!r} has no docstring")
+        _METHODS[kind, name] = Method(kind, name, fn, paper)
+        return fn
+
+    return enter
+
+
+def load_all():
+    """Imports every module of the package, so that every method is registered."""
+    import ft_jax
+
+    for module in pkgutil.walk_packages(ft_jax.__path__, "ft_jax."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+def methods(kind=None):
+    """All methods (of one kind), sorted by kind and name."""
+    load_all()
+    return [m for (k, _), m in sorted(_METHODS.items()) if kind in (None, k)]
+
+
+def get(kind, name):
+    """The method registered under ``kind`` and ``name``; UserError names the nearest one otherwise."""
+    if (kind, name) not in _METHODS:
+        load_all()
+    if (kind, name) not in _METHODS:
+        raise UserError(f"no {kind} called {name!r}{nearest(name, [n for k, n in _METHODS if k == kind])}")
+    return _METHODS[kind, name]
+
+
+def call(kind, name, *args, **hp):
+    """Calls a method after checking its hyper-parameters by name."""
+    method = get(kind, name)
+    for key in hp:
+        if key not in method.hyperparameters:
+            raise UserError(f"{kind} {name!r} has no parameter {key!r}{nearest(key, method.hyperparameters)}")
+    return method.fn(*args, **hp)
