@@ -1,0 +1,71 @@
+"""Models as pure functions of their weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ft_jax.errors import UserError, nearest
+from ft_jax.models import decoder, encoder
+from ft_jax.models.config import ModelConfig, config_from_hf, config_to_hf
+from ft_jax.models.layers import REMAT
+
+__all__ = ["SITES", "Model", "ModelConfig", "config_from_hf", "config_to_hf", "names"]
+
+LAYER_SITES = ("attn_in", "q", "k", "v", "heads", "attn_out", "ffn_in", "ffn_hidden", "ffn_out", "block_out")
+SITES = ("embed", *LAYER_SITES, "logits")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_KINDS = {"encoder": (encoder.Encoder, encoder.names), "decoder": (decoder.Decoder, decoder.names)}
+
+
+def names(config):
+    """``{our path: checkpoint name}``, ``{i}`` for the layer; ``…/kernel`` is transposed against the checkpoint."""
+    return _KINDS[config.kind][1](config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A pure function ``apply(params, inputs)`` and what decides its maths.
+
+    ``dtype`` is what activations and matrix products use (weights stay as they are stored);
+    ``remat`` is one of none, dots, full: what the backward pass recomputes.
+    """
+
+    config: ModelConfig
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self):
+        for key, table in (("dtype", DTYPES), ("remat", REMAT)):
+            if getattr(self, key) not in table:
+                raise UserError(f"{key} {getattr(self, key)!r} is not supported{nearest(getattr(self, key), table)}")
+
+    def _module(self, capture=()):
+        for site in capture:
+            if site not in SITES:
+                raise UserError(f"no tap site {site!r}{nearest(site, SITES)}")
+        return _KINDS[self.config.kind][0](self.config, DTYPES[self.dtype], self.remat, tuple(capture))
+
+    def apply(self, params, inputs, rng=None, capture=()):
+        """Logits (embeddings, hidden states) by ``config.head``; dropout only with an rng.
+
+        Args:
+          inputs: input_ids int32 [B,T], optional attention_mask, token_type_ids, positions, segment_ids (all [B,T]).
+          capture: tap sites to return too; layer sites come stacked as [layers, B, T, …].
+        Returns:
+          the output, or ``(output, {site: array})`` with capture.
+        """
+        out, seen = self._module(capture).apply({"params": params}, inputs, rng)
+        return (out, seen) if capture else out
+
+    def with_head(self, head, num_labels=None):
+        return dataclasses.replace(self, config=self.config.with_head(head, num_labels))
+
+    def init(self, rng):
+        """Random float32 parameters of this shape."""
+        dummy = {"input_ids": jnp.zeros((1, 2), jnp.int32)}
+        return self._module().init(rng, dummy)["params"]
+
+    def shapes(self):
+        """The parameter tree as ``jax.ShapeDtypeStruct``s."""
+        return jax.eval_shape(self.init, jax.random.key(0))

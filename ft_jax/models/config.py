@@ -1,0 +1,177 @@
+"""``config.json`` of a Hugging Face checkpoint -> ``ModelConfig``, and back."""
+
+import dataclasses
+
+from ft_jax.errors import UserError, nearest
+
+ENCODERS = ("bert", "roberta")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+HEADS = {
+    "encoder": ("none", "pooled", "prototype", "classification", "mlm"),
+    "decoder": ("none", "pooled", "prototype", "classification", "lm"),
+}
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
+# family -> head -> the class transformers would load the checkpoint with
+ARCHITECTURES = {
+    "bert": {"none": "BertModel", "classification": "BertForSequenceClassification", "mlm": "BertForMaskedLM"},
+    "roberta": {"none": "RobertaModel", "classification": "RobertaForSequenceClassification", "mlm": "RobertaForMaskedLM"},
+    **{
+        family: {"none": f"{cls}Model", "classification": f"{cls}ForSequenceClassification", "lm": f"{cls}ForCausalLM"}
+        for family, cls in {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}.items()
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides shapes and maths of a model; ``raw`` is the config.json it came from."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    activation: str
+    norm_eps: float
+    head: str = "none"
+    num_labels: int = 2
+    pad_token_id: int | None = None
+    type_vocab_size: int = 0
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: tuple[tuple[str, float | str], ...] = ()
+    windows: tuple[int, ...] = ()  # per layer, 0 = full attention; empty = full everywhere
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    raw: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def kind(self):
+        return "encoder" if self.family in ENCODERS else "decoder"
+
+    def with_head(self, head, num_labels=None):
+        if head not in HEADS[self.kind]:
+            raise UserError(f"a {self.family} model has no head {head!r}{nearest(head, HEADS[self.kind])}")
+        return dataclasses.replace(self, head=head, num_labels=num_labels or self.num_labels)
+
+
+def config_from_hf(raw, head=None, num_labels=None):
+    """``ModelConfig`` of a config.json dict; head defaults to what ``architectures`` names.
+
+    Raises UserError for an unsupported ``model_type``, activation, rope or position scheme, or a missing key.
+    """
+    family = raw.get("model_type")
+    if family not in ARCHITECTURES:
+        raise UserError(f"config.json: model_type {family!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    try:
+        config = (_encoder if family in ENCODERS else _decoder)(family, raw)
+    except KeyError as error:
+        raise UserError(f"config.json: key {error.args[0]!r} is missing (model_type {family!r})") from None
+    if config.hidden_size % config.num_heads and "head_dim" not in raw:
+        raise UserError(f"config.json: hidden_size {config.hidden_size} is not a multiple of {config.num_heads} heads")
+    labels = num_labels or len(raw.get("id2label") or {}) or raw.get("num_labels") or 2
+    return config.with_head(head or _head_of(raw, family), labels)
+
+
+def _head_of(raw, family):
+    own = raw.get("ft_jax", {}).get("head")
+    if own:
+        return own
+    named = (raw.get("architectures") or [None])[0]
+    for head, cls in ARCHITECTURES[family].items():
+        if named == cls:
+            return head
+    return "none" if family in ENCODERS else "lm"
+
+
+def _activation(raw, key):
+    name = raw.get(key, "gelu" if raw["model_type"] in ENCODERS else "silu")
+    if name not in ACTIVATIONS:
+        raise UserError(f"config.json: {key} {name!r} is not supported{nearest(name, ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _encoder(family, raw):
+    if raw.get("position_embedding_type", "absolute") != "absolute":
+        raise UserError(f"config.json: position_embedding_type {raw['position_embedding_type']!r} is not supported; "
+                        "supported: absolute")
+    return ModelConfig(
+        family=family, vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"], num_layers=raw["num_hidden_layers"],
+        num_heads=raw["num_attention_heads"], num_kv_heads=raw["num_attention_heads"],
+        head_dim=raw["hidden_size"] // raw["num_attention_heads"], max_positions=raw["max_position_embeddings"],
+        activation=_activation(raw, "hidden_act"), norm_eps=raw.get("layer_norm_eps", 1e-12),
+        pad_token_id=raw.get("pad_token_id", 1 if family == "roberta" else 0),
+        type_vocab_size=raw.get("type_vocab_size", 2), tie_embeddings=True,
+        qkv_bias=True, out_bias=True, mlp_bias=True, hidden_dropout=raw.get("hidden_dropout_prob", 0.1),
+        attention_dropout=raw.get("attention_probs_dropout_prob", 0.1), raw=raw,
+    )  # fmt: skip
+
+
+def _rope(raw):
+    """(theta, scaling) from either spelling: ``rope_parameters`` (new) or ``rope_theta`` + ``rope_scaling``."""
+    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    kind = scaling.pop("type", None) or "default"
+    kind = scaling.pop("rope_type", kind)
+    if kind not in ROPE_TYPES:
+        raise UserError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if kind == "default":
+        return float(theta), ()
+    if kind != "linear":
+        scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
+    return float(theta), (("rope_type", kind), *sorted((k, v) for k, v in scaling.items() if v is not None))
+
+
+def _windows(family, raw, layers):
+    """Sliding-window width per layer (0 = full), as transformers decides it."""
+    width = raw.get("sliding_window")
+    if not width or family == "llama" or (family != "mistral" and not raw.get("use_sliding_window", False)):
+        return ()
+    if raw.get("layer_types"):
+        return tuple(width if kind == "sliding_attention" else 0 for kind in raw["layer_types"])
+    first = 0 if family == "mistral" else raw.get("max_window_layers", layers)
+    return tuple(width if i >= first else 0 for i in range(layers))
+
+
+def _decoder(family, raw):
+    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+    theta, scaling = _rope(raw)
+    bias = bool(raw.get("attention_bias", False)) and family != "qwen2"
+    return ModelConfig(
+        family=family, vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"], num_layers=layers, num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads),
+        max_positions=raw["max_position_embeddings"], activation=_activation(raw, "hidden_act"),
+        norm_eps=raw.get("rms_norm_eps", 1e-6), pad_token_id=raw.get("pad_token_id"),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or bias, out_bias=bias, mlp_bias=bool(raw.get("mlp_bias", False)),
+        qk_norm=family == "qwen3", rope_theta=theta, rope_scaling=scaling, windows=_windows(family, raw, layers),
+        attention_dropout=raw.get("attention_dropout", 0.0), raw=raw,
+    )  # fmt: skip
+
+
+def config_to_hf(config):
+    """The config.json dict to write: ``raw`` with the head, labels and vocabulary as they are now."""
+    known = ARCHITECTURES[config.family]
+    raw = {**config.raw, "model_type": config.family, "vocab_size": config.vocab_size,
+           "architectures": [known.get(config.head, known["none"])]}  # fmt: skip
+    raw.pop("ft_jax", None)
+    if config.head not in known:
+        raw["ft_jax"] = {"head": config.head}
+    if config.head in ("classification", "prototype"):
+        labels = raw.get("id2label") or {}
+        if len(labels) != config.num_labels:
+            raw["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
+            raw["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
+    return raw

@@ -1,0 +1,147 @@
+"""Causal decoders of the Llama family: Llama 2/3, Mistral, Qwen2/2.5/3, SmolLM2."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ft_jax.models import layers as L
+from ft_jax.models.config import ModelConfig
+
+
+def names(config):
+    """``{our path: checkpoint name}`` for this family and head; one table, read both ways."""
+    layer = "model.layers.{i}."
+    out = {
+        "embed/tokens/embedding": "model.embed_tokens.weight",
+        "norm/scale": "model.norm.weight",
+        "layers/attn_norm/scale": layer + "input_layernorm.weight",
+        "layers/mlp_norm/scale": layer + "post_attention_layernorm.weight",
+    }
+    matrices = {
+        "attn/q": ("self_attn.q_proj", config.qkv_bias), "attn/k": ("self_attn.k_proj", config.qkv_bias),
+        "attn/v": ("self_attn.v_proj", config.qkv_bias), "attn/out": ("self_attn.o_proj", config.out_bias),
+        "mlp/gate": ("mlp.gate_proj", config.mlp_bias), "mlp/up": ("mlp.up_proj", config.mlp_bias),
+        "mlp/down": ("mlp.down_proj", config.mlp_bias),
+    }  # fmt: skip
+    for path, (name, bias) in matrices.items():
+        out[f"layers/{path}/kernel"] = f"{layer}{name}.weight"
+        if bias:
+            out[f"layers/{path}/bias"] = f"{layer}{name}.bias"
+    if config.qk_norm:
+        out |= {f"layers/attn/{n}_norm/scale": f"{layer}self_attn.{n}_norm.weight" for n in "qk"}
+    if config.head == "lm" and not config.tie_embeddings:
+        out["head/kernel"] = "lm_head.weight"
+    if config.head == "classification":
+        out["head/kernel"] = "score.weight"
+    if config.head == "prototype":
+        out |= {"head/kernel": "prototype.weight", "head/bias": "prototype.bias"}
+    return out
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer block: x ← x + attention(RMS(x)); x ← x + MLP(RMS(x))."""
+
+    config: ModelConfig
+    capture: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x, context, window, rng):
+        c, tap = self.config, L.Tapped(L.taps_of(self), self.capture)
+        allowed, cos, sin = context
+        if window is not None:
+            n = allowed.shape[-1]
+            distance = jnp.arange(n)[:, None] - jnp.arange(n)[None, :]
+            allowed = allowed & ((window == 0) | (distance < window))
+        y = tap("attn_in", L.RMSNorm(c.norm_eps, name="attn_norm")(x))
+        x = x + tap("attn_out", Attention(c, name="attn")(y, allowed, cos, sin, tap, rng))
+        y = tap("ffn_in", L.RMSNorm(c.norm_eps, name="mlp_norm")(x))
+        x = x + tap("ffn_out", GatedMLP(c, name="mlp")(y, tap))
+        return tap("block_out", x), tap.seen
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, allowed, cos, sin, tap, rng):
+        c = self.config
+        heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+        q, k, v = (
+            tap(n, L.Dense(count * c.head_dim, c.qkv_bias, name=n)(x)).reshape(*x.shape[:2], count, c.head_dim)
+            for n, count in heads.items()
+        )
+        if c.qk_norm:
+            q, k = (L.RMSNorm(c.norm_eps, name=f"{n}_norm")(y) for n, y in (("q", q), ("k", k)))
+        y = L.attend(L.rotate(q, cos, sin), L.rotate(k, cos, sin), v, allowed, c.attention_dropout, rng)
+        return L.Dense(c.hidden_size, c.out_bias, name="out")(tap("heads", y.reshape(*x.shape[:2], -1)))
+
+
+class GatedMLP(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, tap):
+        c = self.config
+        gate = L.Dense(c.intermediate_size, c.mlp_bias, name="gate")(x)
+        up = L.Dense(c.intermediate_size, c.mlp_bias, name="up")(x)
+        y = tap("ffn_hidden", L.ACTIVATION_FNS[c.activation](gate) * up)
+        return L.Dense(c.hidden_size, c.mlp_bias, name="down")(y)
+
+
+class Embeddings(nn.Module):
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, ids):
+        c = self.config
+        return L.Embed(c.vocab_size, c.hidden_size, name="tokens")(ids, self.dtype)
+
+
+class Decoder(nn.Module):
+    """Logits, embeddings or hidden states of a batch, by ``config.head``."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    capture: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, inputs, rng=None):
+        c, tap = self.config, L.Tapped(L.taps_of(self), self.capture)
+        ids = inputs["input_ids"]
+        n = ids.shape[1]
+        real = L.real_tokens(inputs)
+        allowed = real[:, None, None, :] & jnp.tril(jnp.ones((n, n), bool))
+        if "segment_ids" in inputs:
+            segments = inputs["segment_ids"]
+            allowed = allowed & (segments[:, None, :, None] == segments[:, None, None, :])
+        positions = inputs.get("positions", jnp.broadcast_to(jnp.arange(n), ids.shape))
+        x = tap("embed", Embeddings(c, self.dtype, name="embed")(ids))
+        context = (allowed, *L.rope_tables(c, positions))
+        windows = jnp.asarray(c.windows, jnp.int32) if any(c.windows) else None
+        layer = Layer(c, self.capture, parent=None)
+        first = None if windows is None else windows[0]
+        stacks = L.stacked_params(self, layer, c.num_layers, x, context, first, None)
+        x, seen = L.run_layers(layer, stacks, x, context, windows, rng, self.remat)
+        x = L.RMSNorm(c.norm_eps, name="norm")(x)
+        y = tap("logits", self.head(x, real))
+        return y, {**seen, **tap.seen}
+
+    def head(self, x, real):
+        c = self.config
+        if c.head == "none":
+            return x
+        if c.head in ("pooled", "prototype"):
+            y = L.mean_pool(x, real)
+            return y if c.head == "pooled" else L.Dense(c.num_labels, name="head")(y)
+        if c.head == "classification":  # read off the last real token, as transformers does
+            last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+            y = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+            return L.Dense(c.num_labels, False, name="head")(y).astype(jnp.float32)
+        if c.tie_embeddings:
+            table = self.variables["params"]["embed"]["tokens"]["embedding"]
+            return (x @ table.T.astype(x.dtype)).astype(jnp.float32)
+        return L.Dense(c.vocab_size, False, name="head")(x).astype(jnp.float32)

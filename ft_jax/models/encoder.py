@@ -1,0 +1,167 @@
+"""Bidirectional encoders: BERT, RoBERTa, MiniLM."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ft_jax.models import layers as L
+from ft_jax.models.config import ModelConfig
+
+_LAYER = {
+    "layers/attn/q": "encoder.layer.{i}.attention.self.query",
+    "layers/attn/k": "encoder.layer.{i}.attention.self.key",
+    "layers/attn/v": "encoder.layer.{i}.attention.self.value",
+    "layers/attn/out": "encoder.layer.{i}.attention.output.dense",
+    "layers/attn_norm": "encoder.layer.{i}.attention.output.LayerNorm",
+    "layers/mlp/up": "encoder.layer.{i}.intermediate.dense",
+    "layers/mlp/down": "encoder.layer.{i}.output.dense",
+    "layers/mlp_norm": "encoder.layer.{i}.output.LayerNorm",
+    "embed/norm": "embeddings.LayerNorm",
+}
+_EMBED = {
+    "embed/tokens/embedding": "embeddings.word_embeddings.weight",
+    "embed/positions/embedding": "embeddings.position_embeddings.weight",
+    "embed/types/embedding": "embeddings.token_type_embeddings.weight",
+}
+_HEADS = {
+    "bert": {
+        "classification": {"pooler": "bert.pooler.dense", "head": "classifier"},
+        "mlm": {"mlm/dense": "cls.predictions.transform.dense", "mlm/norm": "cls.predictions.transform.LayerNorm",
+                "mlm/bias": "cls.predictions.bias"},
+    },
+    "roberta": {
+        "classification": {"pooler": "classifier.dense", "head": "classifier.out_proj"},
+        "mlm": {"mlm/dense": "lm_head.dense", "mlm/norm": "lm_head.layer_norm", "mlm/bias": "lm_head.bias"},
+    },
+}  # fmt: skip
+_PROTOTYPE = {"head": "prototype"}
+
+
+def names(config):
+    """``{our path: checkpoint name}`` for this family and head; one table, read both ways."""
+    prefix = config.family + "."
+    modules = {path: prefix + name for path, name in _LAYER.items()}
+    modules |= _PROTOTYPE if config.head == "prototype" else _HEADS[config.family].get(config.head, {})
+    out = {path: prefix + name for path, name in _EMBED.items()}
+    for path, name in modules.items():
+        if path == "mlm/bias":
+            out[path] = name
+            continue
+        leaf = "scale" if path.endswith("norm") else "kernel"
+        out |= {f"{path}/{leaf}": f"{name}.weight", f"{path}/bias": f"{name}.bias"}
+    return out
+
+
+class Layer(nn.Module):
+    """Post-norm transformer block: x ← LN(x + attention(x)); x ← LN(x + MLP(x))."""
+
+    config: ModelConfig
+    capture: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, x, context, per_layer, rng):
+        c, tap = self.config, L.Tapped(L.taps_of(self), self.capture)
+        rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+        x = tap("attn_in", x)
+        heads = Attention(c, name="attn")(x, context, tap, rngs[0])
+        x = L.LayerNorm(c.norm_eps, name="attn_norm")(x + L.dropout(tap("attn_out", heads), c.hidden_dropout, rngs[1]))
+        x = tap("ffn_in", x)
+        y = MLP(c, name="mlp")(x, tap)
+        x = L.LayerNorm(c.norm_eps, name="mlp_norm")(x + L.dropout(tap("ffn_out", y), c.hidden_dropout, rngs[2]))
+        return tap("block_out", x), tap.seen
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, allowed, tap, rng):
+        c = self.config
+        shape = (*x.shape[:2], c.num_heads, c.head_dim)
+        q, k, v = (tap(n, L.Dense(c.num_heads * c.head_dim, name=n)(x)).reshape(shape) for n in "qkv")
+        y = L.attend(q, k, v, allowed, c.attention_dropout, rng)
+        return L.Dense(c.hidden_size, name="out")(tap("heads", y.reshape(*x.shape[:2], -1)))
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, tap):
+        c = self.config
+        y = L.ACTIVATION_FNS[c.activation](L.Dense(c.intermediate_size, name="up")(x))
+        return L.Dense(c.hidden_size, name="down")(tap("ffn_hidden", y))
+
+
+class Embeddings(nn.Module):
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, inputs):
+        c, ids = self.config, inputs["input_ids"]
+        positions = inputs.get("positions")
+        if positions is None:
+            if c.family == "roberta":  # counts real tokens from pad_token_id + 1, pads stay at pad_token_id
+                real = (ids != c.pad_token_id).astype(jnp.int32)
+                positions = jnp.cumsum(real, 1) * real + c.pad_token_id
+            else:
+                positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        types = inputs.get("token_type_ids", jnp.zeros_like(ids))
+        x = L.Embed(c.vocab_size, c.hidden_size, name="tokens")(ids, self.dtype)
+        x = x + L.Embed(c.max_positions, c.hidden_size, name="positions")(positions, self.dtype)
+        x = x + L.Embed(c.type_vocab_size, c.hidden_size, name="types")(types, self.dtype)
+        return L.LayerNorm(c.norm_eps, name="norm")(x)
+
+
+class Encoder(nn.Module):
+    """Logits, embeddings or hidden states of a batch, by ``config.head``."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    capture: tuple[str, ...] = ()
+
+    @nn.compact
+    def __call__(self, inputs, rng=None):
+        c, tap = self.config, L.Tapped(L.taps_of(self), self.capture)
+        rng_embed, rng_layers, rng_head = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+        real = L.real_tokens(inputs)
+        allowed = jnp.broadcast_to(real[:, None, None, :], (*real.shape[:1], 1, real.shape[1], real.shape[1]))
+        if "segment_ids" in inputs:
+            segments = inputs["segment_ids"]
+            allowed = allowed & (segments[:, None, :, None] == segments[:, None, None, :])
+        embed = Embeddings(c, self.dtype, name="embed")
+        x = tap("embed", L.dropout(embed(inputs), c.hidden_dropout, rng_embed))
+        layer = Layer(c, self.capture, parent=None)
+        stacks = L.stacked_params(self, layer, c.num_layers, x, allowed, (), None)
+        x, seen = L.run_layers(layer, stacks, x, allowed, (), rng_layers, self.remat)
+        y = tap("logits", self.head(x, real, rng_head))
+        return y, {**seen, **tap.seen}
+
+    def head(self, x, real, rng):
+        c = self.config
+        if c.head == "none":
+            return x
+        if c.head in ("pooled", "prototype"):
+            y = L.mean_pool(x, real)
+            return y if c.head == "pooled" else L.Dense(c.num_labels, name="head")(y)
+        if c.head == "classification":
+            y = L.dropout(x[:, 0], c.hidden_dropout, rng)
+            y = jnp.tanh(L.Dense(c.hidden_size, name="pooler")(y))
+            return L.Dense(c.num_labels, name="head")(L.dropout(y, c.hidden_dropout, rng)).astype(jnp.float32)
+        table = self.variables["params"]["embed"]["tokens"]["embedding"]
+        return MaskedLM(c, name="mlm")(x, table).astype(jnp.float32)
+
+
+class MaskedLM(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x, table):
+        c = self.config
+        y = L.ACTIVATION_FNS[c.activation](L.Dense(c.hidden_size, name="dense")(x))
+        y = L.LayerNorm(c.norm_eps, name="norm")(y)
+        return y @ table.T.astype(y.dtype) + L.weight(self, "bias", nn.initializers.zeros, (c.vocab_size,))

@@ -1,0 +1,225 @@
+"""Blocks shared by encoder and decoder.
+
+Einsum letters: b batch, q query position, s key position, k key/value head, g query heads per key/value head, h head dim.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ft_jax.kernels.base import dot
+
+ACTIVATION_FNS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+INIT = nn.initializers.normal(0.02)
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def weight(module, name, init, shape):
+    """A float32 parameter; whatever typed kernel stands in its place is taken as it is."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape, jnp.float32)
+
+
+class Dense(nn.Module):
+    """x W + b; the kernel may be an array or any ``Kernel``."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        y = dot(weight(self, "kernel", INIT, (x.shape[-1], self.features)), x)
+        if self.use_bias:
+            y = y + weight(self, "bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    size: int
+    features: int
+
+    @nn.compact
+    def __call__(self, ids, dtype):
+        return weight(self, "embedding", INIT, (self.size, self.features)).astype(dtype)[ids]
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) · scale + bias, in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = weight(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias = weight(self, "bias", nn.initializers.zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · scale, in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = weight(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * scale).astype(x.dtype)
+
+
+def dropout(x, rate, rng):
+    """Inverted dropout; the identity without an rng."""
+    if rng is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def attend(q, k, v, allowed, rate=0.0, rng=None):
+    """softmax(q kᵀ / sqrt(h)) v over allowed pairs; q [b,q,heads,h], k/v [b,s,kv heads,h], allowed bool [b,1,q,s]."""
+    if rng is None or rate == 0.0:
+        return jax.nn.dot_product_attention(q, k, v, mask=allowed)
+    b, n_q, heads, h = q.shape
+    kv = k.shape[2]
+    scores = jnp.einsum("bqkgh,bskh->bkgqs", q.reshape(b, n_q, kv, heads // kv, h), k).astype(jnp.float32) * h**-0.5
+    scores = jnp.where(allowed[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    probs = dropout(jax.nn.softmax(scores, axis=-1).astype(q.dtype), rate, rng)
+    return jnp.einsum("bkgqs,bskh->bqkgh", probs, v).reshape(b, n_q, heads, h)
+
+
+class Tapped:
+    """The taps of one stretch of the forward pass: extends or moves the named activations, notes those asked for."""
+
+    def __init__(self, taps, capture):
+        self.taps, self.capture, self.seen = taps, capture, {}
+
+    def __call__(self, site, x):
+        if site in self.taps:
+            x = self.taps[site](x)
+        if site in self.capture:
+            self.seen[site] = x
+        return x
+
+
+def taps_of(module):
+    return module.get_variable("params", "taps") if module.has_variable("params", "taps") else {}
+
+
+def stack_size(stack):
+    return jax.tree.leaves(stack)[0].shape[0]
+
+
+def run_layers(layer, stacks, x, context, per_layer, rng, remat):
+    """Scans one layer over stacked weights.
+
+    Args:
+      layer: unbound linen module, called as ``layer(x, context, per_layer_slice, rng) -> (x, captured)``.
+      stacks: list of parameter trees with a leading layer axis, lowest layers first.
+      per_layer: tree of arrays with a leading axis over all layers.
+    Returns:
+      x and ``{site: [layers, ...]}`` of what the taps captured.
+    """
+    total = sum(stack_size(s) for s in stacks)
+    keys = None if rng is None else jax.random.split(rng, total)
+
+    def body(x, slices):
+        params, extra, key = slices
+        return layer.apply({"params": params}, x, context, extra, key)
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+    start, captured = 0, []
+    for stack in stacks:
+        part = slice(start, start + stack_size(stack))
+        start = part.stop
+        extra, key = jax.tree.map(lambda a, p=part: a[p], (per_layer, keys))
+        x, seen = jax.lax.scan(body, x, (stack, extra, key))
+        captured.append(seen)
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *captured)
+
+
+def stacked_params(module, layer, count, *args):
+    """The layer stacks of a model: ``[frozen_layers, layers]`` if the stack is split, else ``[layers]``."""
+    if module.has_variable("params", "layers"):
+        names = [n for n in ("frozen_layers", "layers") if module.has_variable("params", n)]
+        return [module.get_variable("params", n) for n in names]
+
+    def init(rng):
+        return jax.vmap(lambda r: layer.init(r, *args)["params"])(jax.random.split(rng, count))
+
+    return [module.param("layers", init)]
+
+
+def mean_pool(x, mask):
+    """Mean over real tokens, L2-normalised: [B,T,D], [B,T] -> [B,D] in float32 (sentence-transformers' pooling)."""
+    weights = mask.astype(jnp.float32)[..., None]
+    mean = (x.astype(jnp.float32) * weights).sum(1) / jnp.maximum(weights.sum(1), 1e-9)
+    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+
+
+def real_tokens(inputs):
+    """bool [B,T]: which tokens are real, from segment_ids or attention_mask (all of them without either)."""
+    for key in ("segment_ids", "attention_mask"):
+        if key in inputs:
+            return inputs[key] > 0
+    return jnp.ones(inputs["input_ids"].shape, bool)
+
+
+def rope_frequencies(config):
+    """(inverse frequencies [head_dim/2], factor on cos and sin) for each supported scaling.
+
+    default: theta^(-2i/d); linear: / factor; llama3: Llama 3.1 report; yarn: arXiv:2309.00071.
+    """
+    dim, theta = config.head_dim, config.rope_theta
+    inverse = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    scaling = dict(config.rope_scaling)
+    kind = scaling.get("rope_type", "default")
+    if kind == "linear":
+        return inverse / scaling["factor"], 1.0
+    if kind == "llama3":
+        factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+        original = scaling["original_max_position_embeddings"]
+        smooth = np.clip((original * inverse / (2 * np.pi) - low) / (high - low), 0.0, 1.0)
+        return inverse * ((1 - smooth) / factor + smooth), 1.0
+    if kind == "yarn":
+        factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+
+        def dim_of(rotations):
+            return dim * np.log(original / (rotations * 2 * np.pi)) / (2 * np.log(theta))
+
+        low = max(np.floor(dim_of(scaling.get("beta_fast", 32))), 0)
+        high = min(np.ceil(dim_of(scaling.get("beta_slow", 1))), dim - 1)
+        ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+        attention = scaling.get("attention_factor") or 0.1 * np.log(factor) + 1.0
+        return inverse / factor * ramp + inverse * (1 - ramp), float(attention)
+    return inverse, 1.0
+
+
+def rope_tables(config, positions):
+    """cos, sin ``[B,T,head_dim]`` in float32 for positions ``[B,T]``."""
+    inverse, factor = rope_frequencies(config)
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
+    angles = jnp.concatenate([angles, angles], -1)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding in the half-split form; x ``[B,T,heads,head_dim]``."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], -1)
+    return (x.astype(jnp.float32) * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)
