@@ -1,4 +1,4 @@
-"""Putting kernels into a tree by rules, taking them out again, and saying what they train."""
+"""Putting kernels into a tree by rules, and taking them out again."""
 
 import re
 import zlib
@@ -59,21 +59,6 @@ def adapt(params, rules, rng):
             raise UserError(f"{path}: {error}") from None
 
     return tree.map_with_path(replace, params, is_leaf=is_kernel)
-
-
-def trainable(params):
-    """Tree of bool: the fields that kernels declare trainable; False everywhere else."""
-
-    def mark(kernel):
-        if not is_kernel(kernel):
-            return jax.tree.map(lambda _: False, kernel)
-        fields = {
-            name: mark(value) if is_kernel(value) else jax.tree.map(lambda _, n=name: n in kernel.trainable, value)
-            for name, value in vars(kernel).items()
-        }
-        return kernel.replace(**fields)
-
-    return jax.tree.map(mark, params, is_leaf=is_kernel)
 
 
 def merge(params):

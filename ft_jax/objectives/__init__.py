@@ -1,0 +1,67 @@
+"""What a run minimises: ``(apply, params, batch, rng, **hp) -> (loss, metrics)``.
+
+``apply(params, inputs, rng)`` returns logits. Every metric is a mean over ``metrics["weight"]`` units
+(examples or target tokens), so that micro-batches and padded batches average exactly.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ft_jax.registry import register
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids", "positions")
+
+
+def inputs_of(batch):
+    return {k: batch[k] for k in INPUTS if k in batch}
+
+
+def _weighted(values, weights):
+    total = weights.sum()
+    return {k: (v * weights).sum() / jnp.maximum(total, 1e-9) for k, v in values.items()} | {"weight": total}
+
+
+@register("objective", "classification", paper="maximum likelihood")
+def classification(apply, params, batch, rng):
+    """Cross-entropy of the label; metrics loss, accuracy. Batch: inputs and ``label`` [B], optional ``weight`` [B]."""
+    logits = apply(params, inputs_of(batch), rng).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    hits = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
+    weights = batch.get("weight", jnp.ones_like(losses)).astype(jnp.float32)
+    metrics = _weighted({"loss": losses, "accuracy": hits}, weights)
+    return metrics["loss"], metrics
+
+
+@register("objective", "causal_lm", paper="maximum likelihood")
+def causal_lm(apply, params, batch, rng):
+    """Cross-entropy of the next token where ``loss_mask`` [B,T] marks the target; metrics loss, accuracy (of tokens)."""
+    logits = apply(params, inputs_of(batch), rng)[:, :-1]
+    targets, mask = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:].astype(jnp.float32)
+    if "weight" in batch:
+        mask = mask * batch["weight"][:, None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    hits = (logits.argmax(-1) == targets).astype(jnp.float32)
+    metrics = _weighted({"loss": losses, "accuracy": hits}, mask)
+    return metrics["loss"], metrics
+
+
+@register("objective", "mlm", paper="arXiv:1810.04805")
+def mlm(apply, params, batch, rng, *, mask_token_id=103, vocab_size=30522, rate=0.15):
+    """Masked language modelling: 15 % of the tokens are targets, of them 80 % masked, 10 % random, 10 % kept."""
+    ids = batch["input_ids"]
+    key = jax.random.key(0) if rng is None else rng  # evaluation masks the same tokens each time
+    pick, how, random_key, drop = jax.random.split(key, 4)
+    eligible = (batch["attention_mask"] > 0) & (batch["special_tokens_mask"] == 0)
+    target = eligible & jax.random.bernoulli(pick, rate, ids.shape)
+    u = jax.random.uniform(how, ids.shape)
+    random_ids = jax.random.randint(random_key, ids.shape, 0, vocab_size, ids.dtype)
+    corrupted = jnp.where(target & (u < 0.8), mask_token_id, jnp.where(target & (u >= 0.9), random_ids, ids))
+    logits = apply(params, {**inputs_of(batch), "input_ids": corrupted}, None if rng is None else drop)
+    weights = target.astype(jnp.float32)
+    if "weight" in batch:
+        weights = weights * batch["weight"][:, None]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), ids)
+    hits = (logits.argmax(-1) == ids).astype(jnp.float32)
+    metrics = _weighted({"loss": losses, "accuracy": hits}, weights)
+    return metrics["loss"], metrics

@@ -1,0 +1,75 @@
+"""Sharding as data: a mesh (data, fsdp, tensor) and ordered rules from paths to axes."""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ft_jax import tree
+from ft_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Rules speak of a weight's last dimensions (leading stack axes stay whole); the first full match decides.
+# A kernel's fields inherit from its matrix: base as the matrix, a as its input side, b as its output side.
+RULES = (
+    (r"(.*/)?embedding", ("tensor", "fsdp")),
+    (r"(.*/)?(attn/(q|k|v)|mlp/(up|gate))/kernel", ("fsdp", "tensor")),
+    (r"(.*/)?(attn/out|mlp/down)/kernel", ("tensor", "fsdp")),
+    (r"(.*/)?head/kernel", ("fsdp", "tensor")),
+    (r"(.*/)?kernel", ("fsdp", None)),
+    (r"(.*/)?(attn/(q|k|v)|mlp/(up|gate))/bias", ("tensor",)),
+    (r".*", ()),
+)
+
+
+def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
+    """A Mesh over all devices; one size may be -1: whatever is left."""
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    if any(s < 1 and s != -1 for s in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise UserError(f"mesh sizes are positive, at most one of them -1, not {sizes}")
+    known = int(np.prod([s for s in sizes.values() if s != -1]))
+    free = [k for k, s in sizes.items() if s == -1]
+    if free:
+        sizes[free[0]] = len(devices) // known
+    shape = tuple(sizes[a] for a in AXES)
+    if int(np.prod(shape)) != len(devices):
+        raise UserError(f"mesh {sizes} needs {int(np.prod(shape))} devices; there are {len(devices)}")
+    return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def spec_of(path, shape, mesh, rules=RULES):
+    """PartitionSpec of one leaf; a dimension that its axis does not divide stays whole."""
+    found = re.fullmatch(r"(.*/kernel)((?:/base)*)(?:/(a|b))?", path)
+    matrix, side = (found.group(1), found.group(3)) if found else (path, None)
+    axes = next(axes for pattern, axes in rules if re.fullmatch(pattern, matrix))
+    if side:
+        axes = (axes[0], None) if side == "a" else (None, axes[1])
+    axes = (None,) * (len(shape) - len(axes)) + tuple(axes) if len(shape) >= len(axes) else ()
+    return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=False)))
+
+
+def shardings(params, mesh, rules=RULES):
+    """Tree of NamedSharding for a tree of arrays or shapes; optimiser states follow the leaf they belong to."""
+    return tree.map_with_path(lambda p, x: NamedSharding(mesh, spec_of(p, np.shape(x), mesh, rules)), params)
+
+
+def shard(params, mesh, rules=RULES):
+    """Puts a tree on the mesh by the rules."""
+    return jax.device_put(params, shardings(params, mesh, rules))
+
+
+def shard_batch(batch, mesh):
+    """This process's rows of a batch ``{name: [B, …]}`` as global arrays, split over data and fsdp."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
+
+
+def check_batch(batch_size, mesh):
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise UserError(f"batch_size {batch_size} is not a multiple of data x fsdp = {ways}; nearest: {-(-batch_size // ways) * ways}")

@@ -1,0 +1,40 @@
+"""From a recipe (base, head, method, seed) to a model, its parameters and what of them trains."""
+
+import jax
+
+from ft_jax import kernels, masks, registry, taps, tree
+from ft_jax.errors import UserError
+from ft_jax.io import hf
+
+
+def of_config(cfg):
+    """The part of a train config that a checkpoint needs to be rebuilt: a JSON-able dict."""
+    return {"model": dict(cfg["model"]), "method": dict(cfg["method"]), "seed": cfg["seed"]}
+
+
+def build(recipe):
+    """Loads the base and applies the method.
+
+    Returns:
+      (model, params, trainable mask, fingerprint of the base before anything was attached).
+    Raises:
+      UserError when the recipe carries a ``fingerprint`` and the base found is another one.
+    """
+    spec, method, seed = recipe["model"], recipe["method"], recipe["seed"]
+    base_key, tap_key, kernel_key = jax.random.split(jax.random.key(seed), 3)
+    model, params = hf.load(
+        spec["path"], head=spec.get("head") or None, num_labels=spec.get("num_labels") or None, rng=base_key,
+        dtype=spec.get("dtype", "float32"), remat=spec.get("remat", "none"),
+    )  # fmt: skip
+    fingerprint = tree.fingerprint(params)
+    if recipe.get("fingerprint", fingerprint) != fingerprint:
+        raise UserError(f"the base {spec['path']!r} is not the one this run was trained on "
+                        f"(fingerprint {fingerprint[:12]}, expected {recipe['fingerprint'][:12]})")
+    params = masks.split_layers(params, method.get("freeze_layers", 0))
+    params = taps.attach(model, params, method.get("taps") or (), tap_key)
+    params = kernels.adapt(params, method.get("kernels") or (), kernel_key)
+    hp = {"trainable": method["trainable"]} if method.get("trainable") else {}
+    mask = registry.call("mask", method.get("mask", "rules"), params, 0, **hp)
+    if not any(jax.tree.leaves(mask)):
+        raise UserError(f"nothing trains: the rules {method.get('trainable')} leave every leaf frozen")
+    return model, params, mask, fingerprint

@@ -1,0 +1,314 @@
+"""The one engine: state, step and loop for every model, method and objective."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from tqdm.auto import tqdm
+
+from ft_jax import parallel, recipe, registry, tree, updates
+from ft_jax.data import pipeline
+from ft_jax.errors import UserError, nearest
+from ft_jax.io import hf, tokenizer
+from ft_jax.io.runs import Run
+
+# Every key a train config may hold, with its default; configs/train.py says what each one means.
+DEFAULTS = {
+    "seed": 0, "steps": 200, "batch_size": 16, "accumulate": 1, "objective": "classification",
+    "model": {"path": "minilm", "head": "", "num_labels": 0, "dtype": "float32", "remat": "none", "dropout": True},
+    "data": {},
+    "method": {"name": "full", "kernels": (), "taps": (), "mask": "rules", "trainable": (), "freeze_layers": 0},
+    "optimizer": {"name": "adamw", "learning_rate": 1e-5, "schedule": "linear", "warmup": 0.06, "clip": 1.0, "hp": {}},
+    "eval": {"every": 50, "batch_size": 32, "metric": "loss", "patience": 0},
+    "save": {"every": 100, "keep": 2},
+    "log": {"every": 10, "tensorboard": True},
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+}  # fmt: skip
+FREE_FORM = ("data", "optimizer.hp")  # checked by those who read them
+OBJECTIVE_HEADS = {
+    "classification": ("classification", "prototype"), "causal_lm": ("lm",), "mlm": ("mlm",),
+}  # fmt: skip
+POSITIVE = ("steps", "batch_size", "accumulate", "eval.batch_size", "save.every", "save.keep", "log.every")
+
+
+@struct.dataclass
+class TrainState:
+    """What a step changes: the trainable half of the tree and its optimiser state."""
+
+    step: jax.Array
+    trainable: dict
+    opt_state: optax.OptState
+
+
+def complete(cfg, defaults=DEFAULTS, prefix=""):
+    """``cfg`` (dict or ConfigDict) with defaults filled in; UserError for an unknown key or a value of another type."""
+    out = {}
+    for key in cfg:
+        if key not in defaults:
+            raise UserError(f"unknown config key {prefix + key!r}{nearest(key, defaults)}")
+    for key, default in defaults.items():
+        value = cfg.get(key, default)
+        name = prefix + key
+        if name in FREE_FORM:
+            out[key] = {k: v for k, v in value.items()}
+        elif isinstance(default, dict):
+            if not hasattr(value, "items"):
+                raise UserError(f"config key {name!r} holds {value!r}; it is a group of {', '.join(default)}")
+            out[key] = complete(value, default, name + ".")
+        else:
+            out[key] = _typed(name, value, default)
+    return out
+
+
+def _typed(name, value, default):
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(default, tuple) and isinstance(value, (list, tuple)):
+        return [list(v) if isinstance(v, (list, tuple)) else v for v in value]
+    if type(value) is not type(default):
+        raise UserError(f"config key {name!r} is {value!r}; it takes a {type(default).__name__}, such as {default!r}")
+    if name in POSITIVE and value < 1:
+        raise UserError(f"config key {name!r} is {value}; it must be at least 1")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config key {name!r} is {value}; it must be finite")
+    return value
+
+
+def make_objective(cfg, model, tok):
+    """``(params, batch, rng) -> (loss, metrics)`` for a config."""
+    name = cfg["objective"]
+    fn = registry.get("objective", name).fn
+    heads = OBJECTIVE_HEADS.get(name, ())
+    if heads and model.config.head not in heads:
+        raise UserError(f"objective {name!r} needs a model head of {', '.join(heads)}; this model has {model.config.head!r}")
+    if name == "mlm":
+        if tok.mask_id is None:
+            raise UserError("objective 'mlm' needs a tokenizer with a mask token; this one has none")
+        fn = functools.partial(fn, mask_token_id=tok.mask_id, vocab_size=model.config.vocab_size)
+    dropout = cfg["model"]["dropout"]
+
+    def apply(params, inputs, rng):
+        return model.apply(params, inputs, rng if dropout else None)
+
+    return functools.partial(fn, apply)
+
+
+def make_step(objective, tx, accumulate, seed):
+    """``step(state, frozen, batch) -> (state, metrics)``; the batch is cut into ``accumulate`` micro-batches."""
+
+    def loss_fn(trainable, frozen, batch, rng):
+        return objective(tree.join(trainable, frozen), batch, rng)
+
+    def step(state, frozen, batch):
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        micro = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
+
+        def one(total, xs):
+            part, key = xs
+            (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable, frozen, part, key)
+            weight = metrics.pop("weight")
+            weighted = jax.tree.map(lambda x: x * weight, (grads, metrics))
+            return jax.tree.map(jnp.add, total, (*weighted, weight)), None
+
+        first = jax.tree.map(lambda x: x[0], micro)
+        shapes = jax.eval_shape(loss_fn, state.trainable, frozen, first, rng)[1]
+        zeros = {k: jnp.zeros(v.shape, v.dtype) for k, v in shapes.items() if k != "weight"}
+        start = (jax.tree.map(jnp.zeros_like, state.trainable), zeros, jnp.zeros(()))
+        if accumulate == 1:
+            (grads, metrics, weight), _ = one(start, (first, rng))
+        else:
+            (grads, metrics, weight), _ = jax.lax.scan(one, start, (micro, jax.random.split(rng, accumulate)))
+        grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), (grads, metrics))
+        moves, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        new = TrainState(state.step + 1, optax.apply_updates(state.trainable, moves), opt_state)
+        return new, metrics | {"grad_norm": optax.global_norm(grads), "weight": weight}
+
+    return step
+
+
+def make_eval(objective):
+    """``evaluate(trainable, frozen, batches) -> {metric: weighted mean}``, compiled once."""
+    one = jax.jit(lambda t, f, batch: objective(tree.join(t, f), batch, None)[1])
+
+    def evaluate(trainable, frozen, batches):
+        totals, weight = {}, 0.0
+        for batch in batches:
+            metrics = {k: float(v) for k, v in one(trainable, frozen, batch).items()}
+            w = metrics.pop("weight")
+            weight += w
+            for key, value in metrics.items():
+                totals[key] = totals.get(key, 0.0) + w * value
+        return {key: value / max(weight, 1e-9) for key, value in totals.items()}
+
+    return evaluate
+
+
+@dataclasses.dataclass
+class Best:
+    """The best evaluation so far; higher is better for accuracy, lower for everything else."""
+
+    metric: str
+    value: float | None = None
+    step: int = 0
+
+    def take(self, metrics, step):
+        """Notes a better value; returns whether it was one."""
+        if self.metric not in metrics:
+            raise UserError(f"eval.metric {self.metric!r} is not measured{nearest(self.metric, metrics)}")
+        value, sign = metrics[self.metric], 1 if self.metric == "accuracy" else -1
+        if self.value is not None and sign * value <= sign * self.value:
+            return False
+        self.value, self.step = value, step
+        return True
+
+
+class Clock:
+    """Steps per second without the first step (which compiles) and without evaluation."""
+
+    def __init__(self):
+        self.first, self.seconds, self.steps, self._last, self._start = None, 0.0, 0, None, time.perf_counter()
+
+    def tick(self, metrics):
+        if self.first is None:
+            jax.block_until_ready(metrics)
+            self.first, self._last = time.perf_counter() - self._start, time.perf_counter()
+        else:
+            self.steps += 1
+
+    @contextlib.contextmanager
+    def paused(self, metrics):
+        jax.block_until_ready(metrics)
+        self.seconds += time.perf_counter() - self._last
+        yield
+        self._last = time.perf_counter()
+
+    @property
+    def rate(self):
+        return self.steps / self.seconds if self.steps and self.seconds else None
+
+
+def prepare(cfg):
+    """Everything that can fail before compute: model, method, data, mesh. Returns a dict of the parts."""
+    mesh = parallel.make_mesh(**cfg["mesh"])
+    if cfg["batch_size"] % cfg["accumulate"]:
+        raise UserError(f"batch_size {cfg['batch_size']} is not a multiple of accumulate {cfg['accumulate']}")
+    parallel.check_batch(cfg["batch_size"] // cfg["accumulate"], mesh)
+    parallel.check_batch(cfg["eval"]["batch_size"], mesh)
+    opt = cfg["optimizer"]
+    tx, lr = updates.build(opt["name"], learning_rate=opt["learning_rate"], steps=cfg["steps"],
+                           schedule_name=opt["schedule"], warmup=opt["warmup"], clip=opt["clip"], **opt["hp"])  # fmt: skip
+    tok = tokenizer.load(hf.resolve(cfg["model"]["path"]))
+    model, params, mask, fingerprint = recipe.build(recipe.of_config(cfg))
+    objective = make_objective(cfg, model, tok)
+    data = {
+        split: pipeline.build(cfg["data"], split, tok, cfg["objective"], model.config)
+        for split in ("train", "validation")
+    }
+    return {"mesh": mesh, "tx": tx, "lr": lr, "model": model, "params": params, "mask": mask,
+            "fingerprint": fingerprint, "objective": objective, "data": data}  # fmt: skip
+
+
+def train(cfg, workdir, *, label="train"):
+    """Fine-tunes by config in ``workdir``; a second call resumes, a finished run returns its summary at once.
+
+    Returns the summary that DONE holds: steps, best step and metric, last validation, steps/s, sizes.
+    Raises UserError before compute for whatever can be known by then, and at the first loss that is not finite.
+    """
+    cfg = complete(cfg)
+    run = Run(workdir, cfg, keep=cfg["save"]["keep"], tensorboard=cfg["log"]["tensorboard"])
+    try:
+        return run.summary or _train(cfg, run, label)
+    finally:
+        run.close()
+
+
+def _start(cfg, run, parts):
+    """(state, frozen, meta): fresh, or as the newest checkpoint left them."""
+    trainable, frozen = tree.split(parallel.shard(parts["params"], parts["mesh"]), parts["mask"])
+    opt_state = parallel.shard(jax.jit(parts["tx"].init)(trainable), parts["mesh"])
+    size = _bytes(trainable)
+    run.need_space((size + _bytes(opt_state)) * (cfg["save"]["keep"] + 1) + 2 * size)
+    meta = {"fingerprint": parts["fingerprint"], "best": None, "stale": 0}
+    step = run.latest("checkpoints") or 0
+    if step:
+        items, meta = run.restore("checkpoints", {"trainable": trainable, "opt_state": opt_state})
+        trainable, opt_state = items["trainable"], items["opt_state"]
+        run.rewind_metrics(step)
+    return TrainState(jnp.asarray(step, jnp.int32), trainable, opt_state), frozen, meta
+
+
+def _train(cfg, run, label):
+    parts = prepare(cfg)
+    mesh, data = parts["mesh"], parts["data"]
+    state, frozen, meta = _start(cfg, run, parts)
+    del parts["params"]
+    best = Best(cfg["eval"]["metric"], *(meta["best"] or ()))
+    step_fn = jax.jit(make_step(parts["objective"], parts["tx"], cfg["accumulate"], cfg["seed"]), donate_argnums=0)
+    evaluate = make_eval(parts["objective"])
+    first, stale, finite, clock = int(state.step), meta["stale"], jnp.asarray(True), Clock()
+    batches = pipeline.stream(data["train"], cfg["batch_size"], cfg["seed"], start=first)
+    bar = tqdm(total=cfg["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True)
+
+    for step in range(first + 1, cfg["steps"] + 1):
+        state, metrics = step_fn(state, frozen, parallel.shard_batch(next(batches), mesh))
+        clock.tick(metrics)
+        finite = finite & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        ends = step == cfg["steps"]
+        if step % cfg["log"]["every"] == 0 or ends:
+            _check_finite(finite, metrics, step, run)
+            run.log(step, {f"train/{k}": v for k, v in metrics.items()} | {"lr": parts["lr"](step - 1)})
+            bar.set_postfix(loss=f"{float(metrics['loss']):.4f}", refresh=False)
+        if ends or (cfg["eval"]["every"] and step % cfg["eval"]["every"] == 0):
+            _check_finite(finite, metrics, step, run)
+            with clock.paused(metrics):
+                rows = pipeline.eval_batches(data["validation"], cfg["eval"]["batch_size"])
+                held = evaluate(state.trainable, frozen, (parallel.shard_batch(b, mesh) for b in rows))
+            run.log(step, {f"validation/{k}": v for k, v in held.items()})
+            stale = 0 if best.take(held, step) else stale + 1
+            if stale == 0:
+                run.save("best", step, {"trainable": state.trainable}, {**meta, "validation": held})
+            ends = ends or 0 < cfg["eval"]["patience"] <= stale
+        if ends or step % cfg["save"]["every"] == 0:
+            _check_finite(finite, metrics, step, run)
+            meta = {**meta, "best": [best.value, best.step] if best.step else None, "stale": stale}
+            run.save("checkpoints", step, {"trainable": state.trainable, "opt_state": state.opt_state}, meta)
+        bar.update()
+        if ends:
+            break
+    bar.close()
+
+    summary = _summary(run, state, frozen, best, clock)
+    run.finish(summary)
+    return summary
+
+
+def _check_finite(finite, metrics, step, run):
+    if not bool(finite):
+        loss, saved = float(metrics["loss"]), run.latest("checkpoints")
+        kept = f"the checkpoint of step {saved} is intact" if saved else "nothing was saved"
+        raise UserError(f"the loss or its gradient stopped being finite by step {step} (loss {loss}) in {run.path}; {kept}. "
+                        "Lower optimizer.learning_rate, set optimizer.clip, or use model.dtype=float32")
+
+
+def _bytes(values):
+    return sum(x.nbytes for x in jax.tree.leaves(values))
+
+
+def _summary(run, state, frozen, best, clock):
+    rows = [row for row in run.metrics() if any(k.startswith("validation/") for k in row)]
+    trains = tree.count(state.trainable)
+    return {
+        "steps": int(state.step), "best_step": best.step, f"best_{best.metric}": best.value,
+        "validation": {k.removeprefix("validation/"): v for k, v in rows[-1].items() if k != "step"},
+        "trainable_parameters": trains, "total_parameters": trains + tree.count(frozen),
+        "optimizer_bytes": _bytes(state.opt_state), "steps_per_second": clock.rate,
+        "compile_seconds": clock.first, "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
+    }  # fmt: skip
