@@ -1,0 +1,71 @@
+"""Small files: JSON read with a plain error, anything written whole or not at all."""
+
+import contextlib
+import json
+import os
+import pathlib
+import secrets
+
+from ft_jax.errors import UserError, nearest
+
+
+def read_json(path):
+    """The JSON object in a file; UserError when it is missing, unreadable or no object."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path.parent}: {path.name} is missing{nearest(path.name, entries(path.parent))}")
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def entries(folder):
+    """Names in a folder, sorted; empty when it is no folder."""
+    try:
+        return sorted(p.name for p in pathlib.Path(folder).iterdir())
+    except OSError:
+        return []
+
+
+def write_json(path, value):
+    write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def write(path, data):
+    """Puts bytes at ``path`` through a temporary name in the same folder."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name beside ``path`` that takes its place when the block ends well, and else disappears."""
+    path = pathlib.Path(path)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path):
+    """An unused hidden name beside ``path``."""
+    path = pathlib.Path(path)
+    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+def make_folder(path):
+    """Creates a folder with its parents; UserError when a file stands in the way or it may not be written."""
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path}: a file stands where a folder is to be written; name another folder") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be written; name another folder") from None
+    return path
