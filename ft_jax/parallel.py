@@ -27,7 +27,7 @@ RULES = (
 
 
 def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
-    """A Mesh over all devices; one size may be -1: whatever is left."""
+    """A Mesh over all devices, one size -1 meaning whatever is left; sizes that are all given may use fewer devices."""
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     if any(s < 1 and s != -1 for s in sizes.values()) or list(sizes.values()).count(-1) > 1:
@@ -37,9 +37,10 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
     if free:
         sizes[free[0]] = len(devices) // known
     shape = tuple(sizes[a] for a in AXES)
-    if int(np.prod(shape)) != len(devices):
-        raise UserError(f"mesh {sizes} needs {int(np.prod(shape))} devices; there are {len(devices)}")
-    return Mesh(np.asarray(devices).reshape(shape), AXES)
+    needed = int(np.prod(shape))
+    if needed < 1 or needed > len(devices) or (needed < len(devices) and (free or jax.process_count() > 1)):
+        raise UserError(f"mesh {sizes} does not fit {len(devices)} devices")
+    return Mesh(np.asarray(devices[:needed]).reshape(shape), AXES)
 
 
 def spec_of(path, shape, mesh, rules=RULES):
@@ -72,4 +73,6 @@ def shard_batch(batch, mesh):
 def check_batch(batch_size, mesh):
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % ways:
-        raise UserError(f"batch_size {batch_size} is not a multiple of data x fsdp = {ways}; nearest: {-(-batch_size // ways) * ways}")
+        raise UserError(
+            f"batch_size {batch_size} is not a multiple of data x fsdp = {ways}; nearest: {-(-batch_size // ways) * ways}"
+        )

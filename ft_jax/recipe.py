@@ -28,8 +28,10 @@ def build(recipe):
     )  # fmt: skip
     fingerprint = tree.fingerprint(params)
     if recipe.get("fingerprint", fingerprint) != fingerprint:
-        raise UserError(f"the base {spec['path']!r} is not the one this run was trained on "
-                        f"(fingerprint {fingerprint[:12]}, expected {recipe['fingerprint'][:12]})")
+        raise UserError(
+            f"the base {spec['path']!r} is not the one this run was trained on "
+            f"(fingerprint {fingerprint[:12]}, expected {recipe['fingerprint'][:12]})"
+        )
     params = masks.split_layers(params, method.get("freeze_layers", 0))
     params = taps.attach(model, params, method.get("taps") or (), tap_key)
     params = kernels.adapt(params, method.get("kernels") or (), kernel_key)

@@ -53,7 +53,9 @@ def register(kind, name, *, paper):
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r} for {name!r}{nearest(kind, KINDS)}")
         if (kind, name) in _METHODS:
-            raise ValueError(f"{kind} {name!r} is registered twice: {_METHODS[kind, name].fn.__module__} and {fn.__module__}")
+            raise ValueError(
+                f"{kind} {name!r} is registered twice: {_METHODS[kind, name].fn.__module__} and {fn.__module__}"
+            )
         if not inspect.getdoc(fn):
             raise ValueError(f"{kind} {name!r} has no docstring")
         _METHODS[kind, name] = Method(kind, name, fn, paper)

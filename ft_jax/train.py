@@ -87,7 +87,9 @@ def make_objective(cfg, model, tok):
     fn = registry.get("objective", name).fn
     heads = OBJECTIVE_HEADS.get(name, ())
     if heads and model.config.head not in heads:
-        raise UserError(f"objective {name!r} needs a model head of {', '.join(heads)}; this model has {model.config.head!r}")
+        raise UserError(
+            f"objective {name!r} needs a model head of {', '.join(heads)}; this model has {model.config.head!r}"
+        )
     if name == "mlm":
         if tok.mask_id is None:
             raise UserError("objective 'mlm' needs a tokenizer with a mask token; this one has none")
@@ -293,8 +295,10 @@ def _check_finite(finite, metrics, step, run):
     if not bool(finite):
         loss, saved = float(metrics["loss"]), run.latest("checkpoints")
         kept = f"the checkpoint of step {saved} is intact" if saved else "nothing was saved"
-        raise UserError(f"the loss or its gradient stopped being finite by step {step} (loss {loss}) in {run.path}; {kept}. "
-                        "Lower optimizer.learning_rate, set optimizer.clip, or use model.dtype=float32")
+        raise UserError(
+            f"the loss or its gradient stopped being finite by step {step} (loss {loss}) in {run.path}; {kept}. "
+            "Lower optimizer.learning_rate, set optimizer.clip, or use model.dtype=float32"
+        )
 
 
 def _bytes(values):

@@ -44,5 +44,3 @@ def dot(w, x):
 def dense(w):
     """The array a leaf stands for."""
     return w.dense() if is_kernel(w) else w
-
-

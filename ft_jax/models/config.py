@@ -11,11 +11,21 @@ HEADS = {
     "encoder": ("none", "pooled", "prototype", "classification", "mlm"),
     "decoder": ("none", "pooled", "prototype", "classification", "lm"),
 }
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+}
 # family -> head -> the class transformers would load the checkpoint with
 ARCHITECTURES = {
     "bert": {"none": "BertModel", "classification": "BertForSequenceClassification", "mlm": "BertForMaskedLM"},
-    "roberta": {"none": "RobertaModel", "classification": "RobertaForSequenceClassification", "mlm": "RobertaForMaskedLM"},
+    "roberta": {
+        "none": "RobertaModel",
+        "classification": "RobertaForSequenceClassification",
+        "mlm": "RobertaForMaskedLM",
+    },
     **{
         family: {"none": f"{cls}Model", "classification": f"{cls}ForSequenceClassification", "lm": f"{cls}ForCausalLM"}
         for family, cls in {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}.items()
@@ -102,8 +112,10 @@ def _activation(raw, key):
 
 def _encoder(family, raw):
     if raw.get("position_embedding_type", "absolute") != "absolute":
-        raise UserError(f"config.json: position_embedding_type {raw['position_embedding_type']!r} is not supported; "
-                        "supported: absolute")
+        raise UserError(
+            f"config.json: position_embedding_type {raw['position_embedding_type']!r} is not supported; "
+            "supported: absolute"
+        )
     return ModelConfig(
         family=family, vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"], num_layers=raw["num_hidden_layers"],
