@@ -10,6 +10,7 @@ import re
 
 from ml_collections import ConfigDict
 
+from ft_jax.data import pipeline
 from ft_jax.errors import UserError, nearest
 from ft_jax.kernels import parse_rule
 from ft_jax.train import DEFAULTS
@@ -53,7 +54,8 @@ def get_config(arg=""):
     cfg.method = ConfigDict(DEFAULTS["method"] | method(options["method"]))
     adapted = bool(cfg.method.kernels)
     cfg.optimizer.learning_rate = 2e-4 if adapted else 2e-5
-    cfg.data = ConfigDict({"source": options["data"], "max_length": 128, "limit": 0, "text_field": "text",
-                           "label_field": "label", "num_labels": 2})  # fmt: skip
+    cfg.data = ConfigDict(pipeline.DEFAULTS)
+    cfg.data.source = options["data"]
+    cfg.data.num_labels = 2
     cfg.eval.metric = "accuracy" if cfg.objective == "classification" else "loss"
     return cfg

@@ -31,7 +31,6 @@ DEFAULTS = {
     "log": {"every": 10, "tensorboard": True},
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
 }  # fmt: skip
-FREE_FORM = ("data", "optimizer.hp")  # checked by those who read them
 OBJECTIVE_HEADS = {
     "classification": ("classification", "prototype"), "causal_lm": ("lm",), "mlm": ("mlm",),
 }  # fmt: skip
@@ -56,8 +55,10 @@ def complete(cfg, defaults=DEFAULTS, prefix=""):
     for key, default in defaults.items():
         value = cfg.get(key, default)
         name = prefix + key
-        if name in FREE_FORM:
-            out[key] = {k: v for k, v in value.items()}
+        if name == "data":
+            out[key] = pipeline.settings(value)
+        elif name == "optimizer.hp":
+            out[key] = dict(value.items())
         elif isinstance(default, dict):
             if not hasattr(value, "items"):
                 raise UserError(f"config key {name!r} holds {value!r}; it is a group of {', '.join(default)}")
@@ -209,8 +210,11 @@ def prepare(cfg):
     tok = tokenizer.load(hf.resolve(cfg["model"]["path"]))
     model, params, mask, fingerprint = recipe.build(recipe.of_config(cfg))
     objective = make_objective(cfg, model, tok)
+    limit = model.config.max_positions - (model.config.family == "roberta") * (1 + model.config.pad_token_id)
+    if (length := pipeline.settings(cfg["data"])["max_length"]) > limit:
+        raise UserError(f"data.max_length {length} is beyond the {limit} positions of {cfg['model']['path']!r}")
     data = {
-        split: pipeline.build(cfg["data"], split, tok, cfg["objective"], model.config)
+        split: pipeline.build(cfg["data"], split, tok, cfg["objective"], model.config.vocab_size)
         for split in ("train", "validation")
     }
     return {"mesh": mesh, "tx": tx, "lr": lr, "model": model, "params": params, "mask": mask,
@@ -255,7 +259,8 @@ def _train(cfg, run, label):
     step_fn = jax.jit(make_step(parts["objective"], parts["tx"], cfg["accumulate"], cfg["seed"]), donate_argnums=0)
     evaluate = make_eval(parts["objective"])
     first, stale, finite, clock = int(state.step), meta["stale"], jnp.asarray(True), Clock()
-    batches = pipeline.stream(data["train"], cfg["batch_size"], cfg["seed"], start=first)
+    rows = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = pipeline.prefetch(pipeline.batches(data["train"], cfg["batch_size"], cfg["seed"], **rows), first)
     bar = tqdm(total=cfg["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True)
 
     for step in range(first + 1, cfg["steps"] + 1):
@@ -270,8 +275,8 @@ def _train(cfg, run, label):
         if ends or (cfg["eval"]["every"] and step % cfg["eval"]["every"] == 0):
             _check_finite(finite, metrics, step, run)
             with clock.paused(metrics):
-                rows = pipeline.eval_batches(data["validation"], cfg["eval"]["batch_size"])
-                held = evaluate(state.trainable, frozen, (parallel.shard_batch(b, mesh) for b in rows))
+                held_out = pipeline.eval_batches(data["validation"], cfg["eval"]["batch_size"], **rows)
+                held = evaluate(state.trainable, frozen, (parallel.shard_batch(b, mesh) for b in held_out))
             run.log(step, {f"validation/{k}": v for k, v in held.items()})
             stale = 0 if best.take(held, step) else stale + 1
             if stale == 0:
