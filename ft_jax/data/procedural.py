@@ -118,4 +118,4 @@ class Rows:
             if part(prompt, HELD_OUT["validation"], HELD_OUT["test"]) == self.split:
                 row = {"prompt": prompt, "completion": completion, "text": prompt + completion}
                 return row if label is None else row | {"label": label}
-        raise UserError(f"procedural:{self.name} with {self.own} has too few different prompts for a {self.split} split")
+        raise UserError(f"procedural:{self.name} with {self.own} has too few prompts for a {self.split} split")

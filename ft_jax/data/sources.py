@@ -44,8 +44,8 @@ class Source:
 def load(spec, split="train", *, text_field="text", validation_fraction=0.0, test_fraction=0.0):
     """The ``Source`` that a spec names.
 
-    ``imdb`` and the other bundled names · a path that ends in .jsonl .json .csv .tsv .parquet · ``tfds:name[:config]``
-    · ``procedural:name(key=value,…)``. The two fractions split a *file* by the hash of ``text_field`` (equal texts
+    ``imdb`` and the other bundled names; a path that ends in .jsonl .json .csv .tsv .parquet; ``tfds:name[:config]``;
+    ``procedural:name(key=value,…)``. The two fractions split a *file* by the hash of ``text_field`` (equal texts
     stay together); without them the whole file is the split. UserError names the nearest known thing.
     """
     if not isinstance(spec, str) or not spec.strip():
@@ -105,14 +105,16 @@ def _tfds(spec, rest, split):
     try:
         builder = tfds.builder(name, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        raise UserError(f"TFDS knows no data set {name!r}{nearest(name.split('/')[0], tfds.list_builders(with_community_datasets=False))}") from None
+        known = tfds.list_builders(with_community_datasets=False)
+        raise UserError(f"TFDS knows no data set {name!r}{nearest(name.split('/')[0], known)}") from None
     except (ValueError, AttributeError, ImportError) as error:
         raise UserError(f"{spec}: {str(error).splitlines()[0]}") from None
     try:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         # Each builder fetches in its own way and fails with its own errors; the cause is what helps.
-        raise UserError(f"{spec} could not be prepared in {builder.data_dir}: {type(error).__name__}: {error}") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(f"{spec} could not be prepared in {builder.data_dir}: {cause}") from error
     base = split.partition("[")[0]
     if base not in builder.info.splits and base != "all":
         raise UserError(f"{spec} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}")
