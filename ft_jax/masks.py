@@ -25,25 +25,33 @@ def declared(params, step):
         }
         return leaf.replace(**fields)
 
-    return jax.tree.map(mark, params, is_leaf=_declares)
+    return _keep_low_layers_frozen(jax.tree.map(mark, params, is_leaf=_declares))
+
+
+def _keep_low_layers_frozen(mask):
+    """What ``split_layers`` set apart never trains, whatever a method marks."""
+    return tree.map_with_path(lambda p, m: m and not p.startswith("frozen_layers/"), mask)
 
 
 @register("mask", "rules", paper="ft_jax")
 def rules(params, step, *, trainable=()):
     """Ordered regex rules ``(pattern over paths, bool)``; the first full match decides, no match is frozen.
 
-    Without rules: what kernels and taps declare plus the task head; if there are none, every leaf.
-    Fields that a kernel does not declare (its base, its scale) never train.
+    Without rules: what kernels and taps declare plus the task head; if there are none, every leaf, but in a split
+    stack not the embeddings (below the frozen layers: training them would send the backward pass through those).
+    Fields that a kernel does not declare (its base, its scale) and frozen layers never train.
     """
     allowed = declared(params, step)
     special = any(_declares(x) for x in jax.tree.leaves(params, is_leaf=_declares))
     leaves = tree.flatten(params)
     if not trainable:
-        chosen = {p: not special or p.split("/")[0] in ("head", "pooler") for p in leaves}
+        below = ("embed",) if "frozen_layers" in params else ()
+        chosen = {p: t in ("head", "pooler") if special else t not in below for p in leaves for t in [p.split("/")[0]]}
         mask = tree.map_with_path(lambda p, a: a or chosen[p], allowed)
-        return _keep_bases_frozen(params, mask, allowed)
-    chosen = tree.match([(r, bool(v)) for r, v in trainable], leaves, what="trainable rule", default=False)
-    return _keep_bases_frozen(params, tree.map_with_path(lambda p, _: chosen[p], allowed), allowed)
+    else:
+        chosen = tree.match([(r, bool(v)) for r, v in trainable], leaves, what="trainable rule", default=False)
+        mask = tree.map_with_path(lambda p, _: chosen[p], allowed)
+    return _keep_low_layers_frozen(_keep_bases_frozen(params, mask, allowed))
 
 
 def _keep_bases_frozen(params, mask, allowed):
@@ -58,7 +66,8 @@ def _keep_bases_frozen(params, mask, allowed):
 def bitfit(params, step):
     """BitFit: every bias and the task head."""
     del step
-    return tree.map_with_path(lambda p, _: p.endswith("/bias") or p.split("/")[0] == "head", params)
+    marked = tree.map_with_path(lambda p, _: p.endswith("/bias") or p.split("/")[0] == "head", params)
+    return _keep_low_layers_frozen(marked)
 
 
 def split_layers(params, frozen):

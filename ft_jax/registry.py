@@ -21,6 +21,8 @@ KINDS = {
     "analysis": "(base, tuned, **hp) -> {name: array}",
 }
 
+_PLAIN = (bool, int, float, str)
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -89,9 +91,14 @@ def get(kind, name):
 
 
 def call(kind, name, *args, **hp):
-    """Calls a method after checking its hyper-parameters by name."""
+    """Calls a method after checking its hyper-parameters: names, and the type of numbers, booleans and words."""
     method = get(kind, name)
-    for key in hp:
+    for key, value in hp.items():
         if key not in method.hyperparameters:
             raise UserError(f"{kind} {name!r} has no parameter {key!r}{nearest(key, method.hyperparameters)}")
+        default = method.hyperparameters[key]
+        fits = type(value) is type(default) or (type(default), type(value)) == (float, int)
+        if isinstance(value, _PLAIN) and isinstance(default, _PLAIN) and not fits:
+            takes = f"{type(default).__name__}, such as {default!r}"
+            raise UserError(f"{kind} {name!r}: {key} is {value!r}; it takes a value of type {takes}")
     return method.fn(*args, **hp)

@@ -35,6 +35,10 @@ OBJECTIVE_HEADS = {
     "classification": ("classification", "prototype"), "causal_lm": ("lm",), "mlm": ("mlm",),
 }  # fmt: skip
 POSITIVE = ("steps", "batch_size", "accumulate", "eval.batch_size", "save.every", "save.keep", "log.every")
+NOT_NEGATIVE = (
+    "seed", "model.num_labels", "method.freeze_layers", "eval.every", "eval.patience",
+    "optimizer.learning_rate", "optimizer.warmup", "optimizer.clip",
+)  # fmt: skip
 
 
 @struct.dataclass
@@ -55,13 +59,13 @@ def complete(cfg, defaults=DEFAULTS, prefix=""):
     for key, default in defaults.items():
         value = cfg.get(key, default)
         name = prefix + key
+        if isinstance(default, dict) and not hasattr(value, "items"):
+            raise UserError(f"config key {name!r} holds {value!r}; it is a group of {', '.join(default) or 'settings'}")
         if name == "data":
             out[key] = pipeline.settings(value)
         elif name == "optimizer.hp":
             out[key] = dict(value.items())
         elif isinstance(default, dict):
-            if not hasattr(value, "items"):
-                raise UserError(f"config key {name!r} holds {value!r}; it is a group of {', '.join(default)}")
             out[key] = complete(value, default, name + ".")
         else:
             out[key] = _typed(name, value, default)
@@ -79,6 +83,8 @@ def _typed(name, value, default):
         raise UserError(f"config key {name!r} is {value}; it must be at least 1")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"config key {name!r} is {value}; it must be finite")
+    if name in NOT_NEGATIVE and value < 0:
+        raise UserError(f"config key {name!r} is {value}; it cannot be negative")
     return value
 
 

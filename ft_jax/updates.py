@@ -41,6 +41,8 @@ def schedule(name, peak, steps, warmup):
     """Learning rate by step: linear warm-up over ``warmup`` (a share of steps below 1, else steps), then ``name``."""
     if name not in SCHEDULES:
         raise UserError(f"no schedule called {name!r}{nearest(name, SCHEDULES)}")
+    if warmup < 0:
+        raise UserError(f"warm-up is {warmup}; it is a share of the steps below 1, or a number of steps")
     rise = round(warmup * steps) if warmup < 1 else int(warmup)
     if rise >= steps > 0:
         raise UserError(f"warm-up of {rise} steps does not fit a run of {steps} steps")

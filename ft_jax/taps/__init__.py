@@ -49,7 +49,8 @@ def affine(site, shape, rng):
 def attach(model, params, rules, rng):
     """Adds taps by ordered rules ``(regex over sites, "name(hp)")``; ``"none"`` leaves a site alone.
 
-    Raises UserError for a rule that matches no site, an unknown tap, or a stack that is split.
+    In a split stack the layers that train get taps, the frozen ones none. Raises UserError for a rule that matches
+    no site, an unknown tap or hyper-parameter, or a site that already has a tap.
     """
     from ft_jax import models
 
