@@ -70,8 +70,8 @@ def rows(name, split):
 def _reviews(name):
     """``{split: rows}`` of text and label (0 negative, 1 positive), every split with as many of each class.
 
-    Repeated texts count once, HTML line breaks become newlines. The rows of a split stand in hash order, so any
-    prefix of them is a random sample.
+    Texts that differ in case and spaces at most count once; HTML line breaks become newlines. The rows of a split
+    stand in the order of a second hash, so that any prefix of them is a random sample.
     """
     # Reviews are longer than the csv module's default limit for one field.
     csv.field_size_limit(sys.maxsize)
@@ -80,11 +80,13 @@ def _reviews(name):
     for row in csv.DictReader(io.StringIO(text, newline="")):
         if row["source"] == name:
             clean = row["text"].replace("<br />", "\n").strip()
-            classes[int(row["label"])][fraction(clean)] = clean
+            rank = fraction(" ".join(clean.lower().split()))
+            classes[int(row["label"])][rank] = max(clean, classes[int(row["label"])].get(rank, ""))
+    ranked = {label: [text for _, text in sorted(texts.items())] for label, texts in classes.items()}
     out, start = {}, 0
     for split, size in REVIEWS[name].items():
-        chosen = [(at, x, label) for label, xs in classes.items() for at, x in sorted(xs.items())[start : start + size]]
-        out[split] = [{"text": x, "label": label} for _, x, label in sorted(chosen)]
+        chosen = [{"text": x, "label": label} for label, xs in ranked.items() for x in xs[start : start + size]]
+        out[split] = sorted(chosen, key=lambda row: fraction(row["text"], seed=1))
         start += size
     return out
 

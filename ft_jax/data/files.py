@@ -77,7 +77,7 @@ def _jsonl(path):
 def _json_list(path):
     value = _json(_text(path), str(path)) if path.stat().st_size else []
     if not isinstance(value, list):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not a list of objects; nearest: .jsonl, one a line")
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not a list of objects (one a line is .jsonl)")
     for number, row in enumerate(value, 1):
         yield number, _object(row, f"{path}, row {number}")
 

@@ -105,10 +105,10 @@ def _classification(tokenizer, c):
     text = _text(c)
 
     def encode(rows, wheres):
-        texts = [text(row, where) for row, where in zip(rows, wheres, strict=True)]
-        pairs = [examples.text_of(r, c["pair_field"], w) for r, w in zip(rows, wheres, strict=True)] if c["pair_field"] else None
+        texts = [text(row, where) for row, where in zip(rows, wheres)]
+        pairs = [examples.text_of(r, c["pair_field"], w) for r, w in zip(rows, wheres)] if c["pair_field"] else None
         labels = [examples.label_of(row, c["label_field"], c["num_labels"], c["label_names"], where)
-                  for row, where in zip(rows, wheres, strict=True)]
+                  for row, where in zip(rows, wheres)]
         encoded = tokenizer.encodings(texts, pairs, max_length=c["max_length"])
         # Token types are 0, then 1 for a second text (always 0 in the RoBERTa family): where they begin says all.
         return [(e.ids, e.type_ids.index(1) if 1 in e.type_ids else len(e.ids), label)
@@ -121,7 +121,7 @@ def _mlm(tokenizer, c):
     text = _text(c)
 
     def encode(rows, wheres):
-        texts = [text(row, where) for row, where in zip(rows, wheres, strict=True)]
+        texts = [text(row, where) for row, where in zip(rows, wheres)]
         return [(row, 0, -1) for row in tokenizer.encode_batch(texts, None, max_length=c["max_length"])]
 
     return encode
@@ -135,15 +135,15 @@ def _causal_lm(tokenizer, c):
         return row[:-1] if row and row[-1] == tokenizer.eos_id else row
 
     def whole(rows, wheres):
-        encoded = tokenizer.encode_batch([text(row, where) for row, where in zip(rows, wheres, strict=True)])
+        encoded = tokenizer.encode_batch([text(row, where) for row, where in zip(rows, wheres)])
         return [((without_end(row) + end)[: c["max_length"]], 1, -1) for row in encoded]
 
     def in_two(rows, wheres):
         if c["prompt_field"]:
-            prompts = [examples.text_of(row, c["prompt_field"], where, empty=True) for row, where in zip(rows, wheres, strict=True)]
+            prompts = [examples.text_of(row, c["prompt_field"], where, empty=True) for row, where in zip(rows, wheres)]
         else:
-            prompts = [text(row, where) for row, where in zip(rows, wheres, strict=True)]
-        targets = [examples.text_of(row, c["completion_field"], where) for row, where in zip(rows, wheres, strict=True)]
+            prompts = [text(row, where) for row, where in zip(rows, wheres)]
+        targets = [examples.text_of(row, c["completion_field"], where) for row, where in zip(rows, wheres)]
         first = tokenizer.encode_batch(prompts)
         second = tokenizer.encode_batch(targets, add_special_tokens=False)
         return [(*fit(without_end(p), q + end, c["max_length"], tokenizer.bos_id), -1) for p, q in zip(first, second)]
