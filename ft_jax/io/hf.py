@@ -21,8 +21,8 @@ ASSETS = {"minilm": assets.model_folder, "smollm2": lambda name: gguf.cached_fol
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.txt", "*.jinja"]
 # Heads that a base model has no weights for: these start at random, anything else missing is an error.
 HEAD_LEAVES = {"classification": ("head/", "pooler/"), "prototype": ("head/",), "mlm": ("mlm/",)}
-# Buffers and copies of tied weights that old files carry.
-BUFFERS = re.compile(r".*(position_ids|rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|masked_bias|attn\.bias|(predictions|lm_head)\.decoder\.\w+)$")
+# Buffers and copies of tied weights that old files carry, and the pooler that only some heads use.
+BUFFERS = re.compile(r".*(pooler\.dense\.\w+|position_ids|rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|masked_bias|attn\.bias|(predictions|lm_head)\.decoder\.\w+)$")
 OLD_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}  # the names of BERT's first checkpoints
 
 

@@ -6,7 +6,13 @@ from ft_jax.errors import UserError, nearest
 
 ENCODERS = ("bert", "roberta")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_KEYS = {  # rope type -> (required, optional) keys of its scaling
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow")),
+}
+ROPE_NEUTRAL = (("partial_rotary_factor", 1.0), ("truncate", True))  # what goes without saying
 HEADS = {
     "encoder": ("none", "pooled", "prototype", "classification", "mlm"),
     "decoder": ("none", "pooled", "prototype", "classification", "lm"),
@@ -135,13 +141,22 @@ def _rope(raw):
     theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     kind = scaling.pop("type", None) or "default"
     kind = scaling.pop("rope_type", kind)
-    if kind not in ROPE_TYPES:
-        raise UserError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if kind not in ROPE_KEYS:
+        raise UserError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KEYS)}")
+    required, optional = ROPE_KEYS[kind]
+    scaling = {k: v for k, v in scaling.items() if v is not None}
+    for key in required:
+        if key not in scaling:
+            raise UserError(f"config.json: rope scaling {kind!r} lacks {key!r}")
+    for key, value in scaling.items():
+        if key not in (*required, *optional) and (key, value) not in ROPE_NEUTRAL:
+            raise UserError(f"config.json: rope scaling {kind!r} with {key} {value!r} is not supported; supported keys: "
+                            f"{', '.join((*required, *optional)) or 'none'}")
     if kind == "default":
         return float(theta), ()
-    if kind != "linear":
+    if optional:
         scaling.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])
-    return float(theta), (("rope_type", kind), *sorted((k, v) for k, v in scaling.items() if v is not None))
+    return float(theta), (("rope_type", kind), *((k, scaling[k]) for k in sorted(scaling) if k in (*required, *optional)))
 
 
 def _windows(family, raw, layers):

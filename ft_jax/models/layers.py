@@ -205,7 +205,7 @@ def rope_frequencies(config):
         low = max(np.floor(dim_of(scaling.get("beta_fast", 32))), 0)
         high = min(np.ceil(dim_of(scaling.get("beta_slow", 1))), dim - 1)
         ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
-        attention = scaling.get("attention_factor") or 0.1 * np.log(factor) + 1.0
+        attention = scaling.get("attention_factor") or 0.1 * np.log(max(factor, 1.0)) + 1.0
         return inverse / factor * ramp + inverse * (1 - ramp), float(attention)
     return inverse, 1.0
 
