@@ -67,7 +67,8 @@ th { font-weight: 600; text-align: left; vertical-align: bottom; border-bottom: 
 th, td { padding: .32rem .9rem .32rem 0; }
 th:last-child, td:last-child { padding-right: 0; }
 tbody tr + tr td { border-top: .5px solid var(--rule); }
-.n { text-align: right; white-space: nowrap; }
+.n { text-align: right; }
+td.n { white-space: nowrap; }
 sup { font-size: .72em; line-height: 0; }
 code { font: .88em/1.4 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; overflow-wrap: anywhere; }
 details summary { cursor: pointer; color: var(--soft); margin: 1rem 0 .5rem; }

@@ -43,6 +43,11 @@ def _gram(w, minus=None):
     return gram
 
 
+def _norm(w):
+    """‖W‖_F summed in float64."""
+    return np.sqrt(sum(np.square(w[part], dtype=np.float64).sum() for part in _slices(w, 0)))
+
+
 def _eigh(gram, **options):
     # One BLAS for the whole chain: numpy's and scipy's own thread pools, taking turns, cost half the speed.
     return scipy.linalg.eigh(gram, lower=False, overwrite_a=True, check_finite=False, **options)
@@ -62,7 +67,7 @@ def _top_left(w, k):
 
 def _left_overlap(w, directions):
     """``Uᵀ d`` ``[n, k]`` of all n left vectors of W with the directions ``[d_out, k]``, U not formed."""
-    values, vectors = _eigh(_gram(w), driver="evd")
+    values, vectors = _eigh(_gram(w), driver="evr")  # evd: 10 % faster in twice the memory
     if w.shape[1] <= w.shape[0]:
         return vectors.T @ directions
     sigma = np.sqrt(np.clip(values, 0, None))
@@ -116,7 +121,7 @@ def _delta(base, tuned):
     """Norms and ranks of ΔW = tuned − base; a zero ΔW has rank 0 and norm 0."""
     values = _eigh(_gram(tuned, minus=base), eigvals_only=True, driver="evd")
     sigma = np.sqrt(np.clip(values[::-1], 0, None))
-    total, base_norm = np.linalg.norm(sigma), np.sqrt(np.square(base, dtype=np.float64).sum())
+    total, base_norm = np.linalg.norm(sigma), _norm(base)
     share = sigma[sigma > 0] / max(sigma.sum(), np.finfo(np.float64).tiny)
     return {
         "effective_rank": np.exp(-(share * np.log(share)).sum()) if total > 0 else 0.0,
