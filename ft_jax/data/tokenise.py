@@ -45,7 +45,7 @@ def _open(target):
             if list(arrays[name].shape) != shape:
                 return None
         return arrays, meta["info"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -108,7 +108,8 @@ def test_arc_equals_the_published_table(name, path):
 
 
 def test_winogrande_equals_the_published_table():
-    table = {(r["sentence"].strip(), r["option1"], r["option2"]): r["answer"] for r in arrow("winogrande/winogrande_xl")}
+    published = arrow("winogrande/winogrande_xl")
+    table = {(r["sentence"].strip(), r["option1"], r["option2"]): r["answer"] for r in published}
     found = rows("winogrande", "validation")
     assert {(r["sentence"], r["option1"], r["option2"]): r["answer"] for r in found} == table
     for r in found:

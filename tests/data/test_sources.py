@@ -10,7 +10,8 @@ from pyarrow import parquet
 from ft_jax.data import procedural, sources
 from ft_jax.errors import UserError
 
-ROWS = [{"text": "good, \"really\"\ngood", "label": 1}, {"text": "naïve\u2028bad", "label": 0}, {"text": "fine", "label": 1}]
+ROWS = [{"text": "good, \"really\"\ngood", "label": 1}, {"text": "naïve\u2028bad", "label": 0},
+        {"text": "fine", "label": 1}]  # fmt: skip
 
 
 def write(folder, suffix):
