@@ -72,7 +72,7 @@ def archive(name):
     return _archive(package(name), cache_dir())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _archive(row, cache):
     target = cache / "archives" / f"{row.project}-{row.version}-{row.sha256[:16]}.zip"
     if target.is_file() and sha256(target) == row.sha256:
