@@ -1,0 +1,184 @@
+"""Skill localisation: the few parameters that hold what fine-tuning taught (arXiv:2302.06600).
+
+θ(γ) = θ_pre + γ ⊙ (θ_ft − θ_pre). A mask is ``{path: bool array}`` over the eligible leaves of a tree of plain
+arrays; leaves that it does not name keep the base's value.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_bytes
+from tqdm.auto import tqdm
+
+from ft_jax import tree
+from ft_jax.errors import UserError
+from ft_jax.io import files
+from ft_jax.registry import register
+
+ELIGIBLE = ((r"(frozen_)?layers/.*", True),)  # weights, biases and norms of the layers; head and embeddings stay
+OFFSET = 10.0  # c of γ = b + (1 − 2b) σ(S − c): the soft mask starts at the hard one, up to σ(−10) ≈ 5e-5
+
+
+def eligible_paths(params, rules=ELIGIBLE):
+    """Paths of the leaves that a graft may touch, by ordered regex rules; UserError if there are none."""
+    flat = tree.flatten(params)
+    used = [r for r in rules if not (r in ELIGIBLE) or any(p.startswith(("layers/", "frozen_layers/")) for p in flat)]
+    chosen = tree.match(used, flat, what="eligible rule", default=False)
+    paths = [path for path, wanted in chosen.items() if wanted]
+    if not paths:
+        raise UserError(f"no leaf is eligible for a graft by the rules {list(rules)}")
+    return paths
+
+
+def _deltas(base, tuned, rules):
+    first, second = tree.flatten(base), tree.flatten(tuned)
+    if {p: x.shape for p, x in first.items()} != {p: x.shape for p, x in second.items()}:
+        odd = sorted(set(first) ^ set(second)) or [p for p in first if first[p].shape != second[p].shape]
+        raise UserError(f"base and tuned trees differ at {odd[0]!r}; merge kernels before grafting")
+    paths = eligible_paths(base, rules)
+    return {p: np.asarray(second[p], np.float32) - np.asarray(first[p], np.float32) for p in paths}
+
+
+def _count(total, sparsity):
+    if not 0 <= sparsity <= 1:
+        raise UserError(f"sparsity {sparsity} is not a share between 0 and 1")
+    return round(sparsity * total)
+
+
+def _cut(flat, shapes):
+    """One flat vector back into ``{path: array}``."""
+    sizes = np.cumsum([int(np.prod(s)) for s in shapes.values()])[:-1]
+    return {p: part.reshape(s) for (p, s), part in zip(shapes.items(), np.split(flat, sizes), strict=True)}
+
+
+def magnitude_mask(base, tuned, sparsity, eligible=ELIGIBLE):
+    """The round(sparsity · N) eligible parameters with the largest |θ_ft − θ_pre|, over all leaves at once."""
+    deltas = _deltas(base, tuned, eligible)
+    size = np.concatenate([np.abs(d).reshape(-1) for d in deltas.values()])
+    k = _count(size.size, sparsity)
+    flat = np.zeros(size.size, bool)
+    if k:
+        flat[np.argpartition(size, size.size - k)[size.size - k :]] = True
+    return _cut(flat, {p: d.shape for p, d in deltas.items()})
+
+
+def random_mask(params, sparsity, rng, eligible=ELIGIBLE):
+    """round(sparsity · N) eligible parameters drawn uniformly; ``rng`` is a ``numpy.random.Generator``."""
+    flat = tree.flatten(params)
+    shapes = {p: flat[p].shape for p in eligible_paths(params, eligible)}
+    total = sum(int(np.prod(s)) for s in shapes.values())
+    mask = np.zeros(total, bool)
+    mask[rng.choice(total, _count(total, sparsity), replace=False)] = True
+    return _cut(mask, shapes)
+
+
+def mask_size(mask):
+    """(number of grafted parameters, their share of the eligible ones)."""
+    chosen, total = sum(int(m.sum()) for m in mask.values()), sum(m.size for m in mask.values())
+    return chosen, chosen / max(total, 1)
+
+
+def mask_shares(mask):
+    """Where the mask lies: rows ``{path, layer (None if not stacked), parameters, share}``."""
+    rows = []
+    for path, m in mask.items():
+        stacked = path.startswith(("layers/", "frozen_layers/"))
+        for layer, part in enumerate(m) if stacked else [(None, m)]:
+            rows.append({"path": path, "layer": layer, "parameters": int(part.sum()), "share": float(part.mean())})
+    return rows
+
+
+@jax.jit
+def _mix(base, tuned, mask):
+    return {p: jnp.where(m, tuned[p], base[p]) for p, m in mask.items()}
+
+
+def apply_graft(base, tuned, mask):
+    """The base tree with the masked parameters of the tuned one."""
+    first, second = tree.flatten(base), tree.flatten(tuned)
+    return tree.nest({**first, **_mix({p: first[p] for p in mask}, {p: second[p] for p in mask}, mask)})
+
+
+@register("edit", "graft", paper="arXiv:2302.06600")
+def graft(params, requests, *, sparsity=0.01, eligible=ELIGIBLE):
+    """Magnitude graft: puts the share ``sparsity`` of largest changes of the tuned tree ``requests`` on the base."""
+    return apply_graft(params, requests, magnitude_mask(params, requests, sparsity, eligible))
+
+
+def learn_mask(base, tuned, loss, batches, score, *, sparsity, steps=10, learning_rate=1e7, seed=0,
+               eligible=ELIGIBLE, label="graft"):  # fmt: skip
+    """Learns the graft from the magnitude mask b: γ = b + (1 − 2b) σ(S − 10), S ~ U[0,1], plain gradient steps on S.
+
+    A step is S ← S − lr · (1 − 2b) · mean(∂L/∂θ ⊙ Δθ) · σ(1 − σ), the gradient taken at the soft mask.
+
+    Args:
+      loss: ``(params, micro_batch) -> mean loss``, in evaluation mode.
+      batches: iterator of batches with leading axes [micro-batches, micro-batch size]; one batch a step.
+      score: ``params -> float``, higher is better, of a tree with the rounded mask.
+    Returns:
+      (best mask by ``score``, history): the magnitude mask itself is the first candidate; history has a row
+      ``{step, loss, score, parameters}`` for each.
+    Raises:
+      UserError when the gradient stops being finite.
+    """
+    start = magnitude_mask(base, tuned, sparsity, eligible)
+    first, second = tree.flatten(base), tree.flatten(tuned)
+    pre = {p: jnp.asarray(first[p]) for p in start}
+    delta = {p: jnp.asarray(second[p]) - pre[p] for p in start}
+    hard = {p: jnp.asarray(m) for p, m in start.items()}
+    rest = {p: x for p, x in first.items() if p not in start}
+    keys = jax.random.split(jax.random.key(seed), len(start))
+    state = {p: jax.random.uniform(k, m.shape) for (p, m), k in zip(start.items(), keys, strict=True)}
+
+    def soft_loss(state, pre, delta, hard, rest, batch):
+        def mixed(s, b, w, d):
+            sigma = jax.nn.sigmoid(s - OFFSET)
+            return w + jnp.where(b, 1 - sigma, sigma) * d
+
+        return loss(tree.nest({**rest, **jax.tree.map(mixed, state, hard, pre, delta)}), batch)
+
+    @jax.jit
+    def step(state, pre, delta, hard, rest, batch):
+        def one(total, micro):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(soft_loss)(state, pre, delta, hard, rest, micro)), None
+
+        count = jax.tree.leaves(batch)[0].shape[0]
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state))
+        (value, grads), _ = jax.lax.scan(one, zero, batch)
+        return jax.tree.map(lambda s, g: s - learning_rate * g / count, state, grads), value / count
+
+    def rounded(state):
+        return {p: np.asarray(hard[p] ^ (s >= OFFSET)) for p, s in state.items()}
+
+    best, best_score = start, float(score(apply_graft(base, tuned, start)))
+    history = [{"step": 0, "loss": None, "score": best_score, "parameters": mask_size(start)[0]}]
+    for i in tqdm(range(1, steps + 1), desc=f"{label} {sparsity:g}", unit="step"):
+        state, value = step(state, pre, delta, hard, rest, next(batches))
+        if not np.isfinite(float(value)):
+            raise UserError(f"the graft's loss is {float(value)} at step {i}: lower its learning rate")
+        mask = rounded(state)
+        found = float(score(apply_graft(base, tuned, mask)))
+        history.append({"step": i, "loss": float(value), "score": found, "parameters": mask_size(mask)[0]})
+        if found > best_score:
+            best, best_score = mask, found
+    return best, history
+
+
+def save_mask(path, mask, metadata=None):
+    """Writes a mask as packed bits with its shapes to a safetensors file, whole or not at all."""
+    shapes = json.dumps({p: list(m.shape) for p, m in mask.items()})
+    files.write(path, to_bytes({p: np.packbits(m) for p, m in mask.items()}, {"shapes": shapes, **(metadata or {})}))
+
+
+def load_mask(path):
+    """Inverse of ``save_mask``; UserError for a file that is not a mask."""
+    try:
+        with safe_open(path, "np") as file:
+            shapes = json.loads((file.metadata() or {})["shapes"])
+            return {p: np.unpackbits(file.get_tensor(p), count=int(np.prod(s))).reshape(s).astype(bool)
+                    for p, s in shapes.items()}  # fmt: skip
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a graft mask ({error})") from None
