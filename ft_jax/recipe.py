@@ -1,6 +1,7 @@
 """From a recipe (base, head, method, seed) to a model, its parameters and what of them trains."""
 
 import jax
+import jax.numpy as jnp
 
 from ft_jax import kernels, masks, registry, taps, tree
 from ft_jax.errors import UserError
@@ -10,6 +11,13 @@ from ft_jax.io import hf
 def of_config(cfg):
     """The part of a train config that a checkpoint needs to be rebuilt: a JSON-able dict."""
     return {"model": dict(cfg["model"]), "method": dict(cfg["method"]), "seed": cfg["seed"]}
+
+
+def check_base(path, found, expected):
+    """UserError when the base has changed since a run was trained on it."""
+    if found != expected:
+        raise UserError(f"the base {path!r} is not the one this run was trained on "
+                        f"(fingerprint {found[:12]}, expected {expected[:12]})")
 
 
 def build(recipe):
@@ -26,12 +34,11 @@ def build(recipe):
         spec["path"], head=spec.get("head") or None, num_labels=spec.get("num_labels") or None, rng=base_key,
         dtype=spec.get("dtype", "float32"), remat=spec.get("remat", "none"),
     )  # fmt: skip
+    for path, leaf in tree.flatten(params).items():
+        if not bool(jnp.isfinite(leaf).all()):
+            raise UserError(f"{spec['path']}: {path} holds NaN or infinity; fetch or save the model again")
     fingerprint = tree.fingerprint(params)
-    if recipe.get("fingerprint", fingerprint) != fingerprint:
-        raise UserError(
-            f"the base {spec['path']!r} is not the one this run was trained on "
-            f"(fingerprint {fingerprint[:12]}, expected {recipe['fingerprint'][:12]})"
-        )
+    check_base(spec["path"], fingerprint, recipe.get("fingerprint", fingerprint))
     params = masks.split_layers(params, method.get("freeze_layers", 0))
     params = taps.attach(model, params, method.get("taps") or (), tap_key)
     params = kernels.adapt(params, method.get("kernels") or (), kernel_key)

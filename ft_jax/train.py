@@ -97,6 +97,8 @@ def make_objective(cfg, model, tok):
         raise UserError(
             f"objective {name!r} needs a model head of {', '.join(heads)}; this model has {model.config.head!r}"
         )
+    if name == "classification" and model.config.num_labels != cfg["data"]["num_labels"]:
+        raise UserError(f"data.num_labels is {cfg['data']['num_labels']} but the model's head has {model.config.num_labels}")
     if name == "mlm":
         if tok.mask_id is None:
             raise UserError("objective 'mlm' needs a tokenizer with a mask token; this one has none")
@@ -234,9 +236,15 @@ def train(cfg, workdir, *, label="train"):
     Raises UserError before compute for whatever can be known by then, and at the first loss that is not finite.
     """
     cfg = complete(cfg)
+    if cfg["objective"] == "classification" and not cfg["model"]["num_labels"]:
+        cfg["model"]["num_labels"] = cfg["data"]["num_labels"]
     run = Run(workdir, cfg, keep=cfg["save"]["keep"], tensorboard=cfg["log"]["tensorboard"])
+    if run.summary:
+        return run.summary
+    parts = prepare(cfg)
+    run.begin()
     try:
-        return run.summary or _train(cfg, run, label)
+        return _train(cfg, run, parts, label)
     finally:
         run.close()
 
@@ -250,26 +258,30 @@ def _start(cfg, run, parts):
     meta = {"fingerprint": parts["fingerprint"], "best": None, "stale": 0}
     step = run.latest("checkpoints") or 0
     if step:
+        recipe.check_base(cfg["model"]["path"], parts["fingerprint"], run.meta("checkpoints")["fingerprint"])
         items, meta = run.restore("checkpoints", {"trainable": trainable, "opt_state": opt_state})
         trainable, opt_state = items["trainable"], items["opt_state"]
-        run.rewind_metrics(step)
-    return TrainState(jnp.asarray(step, jnp.int32), trainable, opt_state), frozen, meta
+    run.rewind_metrics(step)
+    step = parallel.shard(jnp.asarray(step, jnp.int32), parts["mesh"])
+    return TrainState(step, trainable, opt_state), frozen, meta
 
 
-def _train(cfg, run, label):
-    parts = prepare(cfg)
+def _train(cfg, run, parts, label):
     mesh, data = parts["mesh"], parts["data"]
     state, frozen, meta = _start(cfg, run, parts)
     del parts["params"]
     best = Best(cfg["eval"]["metric"], *(meta["best"] or ()))
-    step_fn = jax.jit(make_step(parts["objective"], parts["tx"], cfg["accumulate"], cfg["seed"]), donate_argnums=0)
+    step_fn = make_step(parts["objective"], parts["tx"], cfg["accumulate"], cfg["seed"])
+    # The state keeps its shardings, else the second step finds others than the first and compiles again.
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
     evaluate = make_eval(parts["objective"])
     first, stale, finite, clock = int(state.step), meta["stale"], jnp.asarray(True), Clock()
     rows = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = pipeline.prefetch(pipeline.batches(data["train"], cfg["batch_size"], cfg["seed"], **rows), first)
     bar = tqdm(total=cfg["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True)
 
-    for step in range(first + 1, cfg["steps"] + 1):
+    stopped = 0 < cfg["eval"]["patience"] <= stale  # by patience, then killed before DONE
+    for step in range(first + 1, first if stopped else cfg["steps"] + 1):
         state, metrics = step_fn(state, frozen, parallel.shard_batch(next(batches), mesh))
         clock.tick(metrics)
         finite = finite & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
@@ -283,6 +295,7 @@ def _train(cfg, run, label):
             with clock.paused(metrics):
                 held_out = pipeline.eval_batches(data["validation"], cfg["eval"]["batch_size"], **rows)
                 held = evaluate(state.trainable, frozen, (parallel.shard_batch(b, mesh) for b in held_out))
+            _check_finite(math.isfinite(held["loss"]), held, step, run)
             run.log(step, {f"validation/{k}": v for k, v in held.items()})
             stale = 0 if best.take(held, step) else stale + 1
             if stale == 0:

@@ -1,28 +1,21 @@
 """A run on disk: ``workdir/{config.json, metrics.jsonl, tensorboard/, checkpoints/, best/, DONE}``."""
 
+import functools
 import json
-import os
 import shutil
+import time
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from ft_jax import recipe as recipes
 from ft_jax import tree
 from ft_jax.errors import UserError
-
-
-def write_atomic(path, text):
-    """Writes text beside ``path`` and renames it into place: a reader sees the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from ft_jax.io import files
 
 
 def first_difference(old, new, prefix="config"):
@@ -37,22 +30,34 @@ def first_difference(old, new, prefix="config"):
 
 
 class Run:
-    """One training run's folder; opening it with another config than it holds is refused."""
+    """One training run's folder; opening it with another config than it holds is refused. ``begin`` makes it."""
 
     def __init__(self, workdir, config, *, keep=2, tensorboard=True):
         self.path = Path(workdir).resolve()
         self.config = json.loads(json.dumps(config))
+        self._keep, self._wants_tensorboard = keep, tensorboard
         self._check()
-        self.path.mkdir(parents=True, exist_ok=True)
+
+    def begin(self):
+        """Makes the folder and notes the config; nothing is written before, so a config at fault leaves no trace."""
+        files.make_folder(self.path)
         if not (self.path / "config.json").exists():
-            write_atomic(self.path / "config.json", json.dumps(self.config, indent=1))
-        self._managers = {
+            files.write_json(self.path / "config.json", self.config)
+
+    @functools.cached_property
+    def _managers(self):
+        return {
             name: ocp.CheckpointManager(
                 self.path / name, options=ocp.CheckpointManagerOptions(max_to_keep=n, create=True, step_prefix=None)
             )
-            for name, n in (("checkpoints", keep), ("best", 1))
+            for name, n in (("checkpoints", self._keep), ("best", 1))
         }
-        self._tensorboard = SummaryWriter(str(self.path / "tensorboard")) if tensorboard else None
+
+    @functools.cached_property
+    def _events(self):
+        # Not SummaryWriter: its thread dies silently on a full disk, and the training then waits for it for ever.
+        folder = files.make_folder(self.path / "tensorboard")
+        return EventsWriter(str(folder / "events"), f".{time.time_ns()}") if self._wants_tensorboard else None
 
     def _check(self):
         if self.path.exists() and not self.path.is_dir():
@@ -79,27 +84,30 @@ class Run:
     def finish(self, summary):
         for manager in self._managers.values():
             manager.wait_until_finished()
-        write_atomic(self.path / "DONE", json.dumps(summary, indent=1))
+        files.write_json(self.path / "DONE", summary)
 
     def close(self):
-        for manager in self._managers.values():
+        for manager in self.__dict__.pop("_managers", {}).values():
             manager.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        if events := self.__dict__.pop("_events", None):
+            events.close()
 
     def need_space(self, num_bytes):
+        """UserError when the disk cannot take ``num_bytes`` of checkpoints beside what the run already wrote."""
+        held = sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
         free = shutil.disk_usage(self.path).free
-        if free < num_bytes:
-            raise UserError(f"no space for this run's checkpoints in {self.path}: they need about {num_bytes / 1e6:.0f} MB, "
-                            f"{free / 1e6:.0f} MB are free")
+        if free < num_bytes - held:
+            raise UserError(f"no space for this run's checkpoints in {self.path}: they need about "
+                            f"{(num_bytes - held) / 1e6:.0f} MB more, {free / 1e6:.0f} MB are free")
 
     def log(self, step, metrics):
-        row = {"step": step, **{k: float(v) for k, v in metrics.items()}}
+        metrics = {k: float(v) for k, v in metrics.items()}
         with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._tensorboard:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._events:
             for key, value in metrics.items():
-                self._tensorboard.add_scalar(key, float(value), step)
+                self._events.write_event(Event(step=step, wall_time=time.time(), summary=scalar(key, value)))
+            self._events.flush()
 
     def metrics(self):
         file = self.path / "metrics.jsonl"
@@ -107,9 +115,11 @@ class Run:
         return [json.loads(row) for row in rows if row.endswith("}")]
 
     def rewind_metrics(self, step):
-        """Drops the rows after ``step``, which the resumed run writes again."""
+        """Drops the rows after ``step``, which the resumed run writes again; TensorBoard is told to hide its own."""
         rows = [row for row in self.metrics() if row["step"] <= step]
-        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        files.write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if step and self._events:
+            self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def save(self, name, step, items, meta):
         """Saves ``{item: tree of arrays}`` (flat by path) and JSON-able ``meta`` at a step; one already there is kept."""
