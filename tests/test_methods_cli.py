@@ -1,0 +1,31 @@
+"""``python -m ft_jax.methods``: the registry as people and programs read it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ft_jax import methods, registry
+
+
+def test_the_module_runs_and_both_forms_agree():
+    table, as_json = (
+        subprocess.run([sys.executable, "-m", "ft_jax.methods", *args], capture_output=True, text=True, check=True)
+        for args in ([], ["--json"])
+    )
+    rows = json.loads(as_json.stdout)
+    assert not table.stderr and not as_json.stderr
+    assert [(r["kind"], r["name"]) for r in rows] == [(m.kind, m.name) for m in registry.methods()]
+    lines = table.stdout.splitlines()
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        assert line.split()[:2] == [row["kind"], row["name"]]
+        assert row["source"] in line and line.endswith(row["summary"])
+
+
+def test_an_unknown_flag_ends_with_status_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        methods.main(["--jsno"])
+    assert stop.value.code == 2
+    assert "--jsno" in capsys.readouterr().err
