@@ -204,6 +204,10 @@ class Clock:
     def rate(self):
         return self.steps / self.seconds if self.steps and self.seconds else None
 
+    @property
+    def total(self):
+        return time.perf_counter() - self._start
+
 
 def prepare(cfg):
     """Everything that can fail before compute: model, method, data, mesh. Returns a dict of the parts."""
@@ -337,6 +341,6 @@ def _summary(run, state, frozen, best, clock):
         "validation": {k.removeprefix("validation/"): v for k, v in rows[-1].items() if k != "step"},
         "trainable_parameters": trains, "total_parameters": trains + tree.count(frozen),
         "optimizer_bytes": _bytes(state.opt_state), "steps_per_second": clock.rate,
-        "compile_seconds": clock.first, "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "compile_seconds": clock.first, "seconds": clock.total, "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
     }  # fmt: skip

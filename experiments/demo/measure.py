@@ -1,0 +1,104 @@
+"""What a tree of dense weights can still do: task, other domain, calibration, forgetting."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from ft_jax.analysis import calibration, forgetting
+from ft_jax.data import pipeline, sources
+from ft_jax.io import hf, tokenizer
+from ft_jax.objectives import inputs_of
+
+
+@functools.lru_cache(maxsize=8)
+def _predictor(model, objective):
+    """jit of ``(params, batch) -> {confidence, prediction, correct, nll, weight}`` per example or target token."""
+
+    def predict(params, batch):
+        logits = jax.nn.log_softmax(model.apply(params, inputs_of(batch)).astype(jnp.float32))
+        if objective == "classification":
+            labels, weight = batch["label"], batch["weight"]
+        else:
+            logits, labels = logits[:, :-1], batch["input_ids"][:, 1:]
+            weight = batch["loss_mask"][:, 1:] * batch["weight"][:, None]
+        prediction = logits.argmax(-1)
+        nll = -jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
+        return {"confidence": jnp.exp(logits.max(-1)), "prediction": prediction, "correct": prediction == labels,
+                "nll": nll, "weight": weight}  # fmt: skip
+
+    return jax.jit(predict)
+
+
+def predictions(model, params, data, s, label):
+    """Flat arrays over the examples (classification) or target tokens (causal LM) of a dataset."""
+    predict = _predictor(model, s.objective)
+    parts = [
+        jax.tree.map(np.asarray, predict(params, b))
+        for b in tqdm(pipeline.eval_batches(data, s.eval_batch), desc=label, unit="batch", leave=False)
+    ]
+    flat = {key: np.concatenate([p[key].reshape(-1) for p in parts]) for key in parts[0]}
+    keep = flat.pop("weight") > 0
+    return {key: value[keep] for key, value in flat.items()}
+
+
+def scores(found):
+    """Accuracy, NLL and calibration error of ``predictions``."""
+    return {
+        "accuracy": float(found["correct"].mean()),
+        "nll": float(found["nll"].mean()),
+        "ece": float(calibration.expected_calibration_error(found["confidence"], found["correct"])),
+        "count": int(found["correct"].size),
+    }
+
+
+def datasets(s, base_folder, vocab_size):
+    """{train, validation, test, ood}: what the study learns from and measures on.
+
+    WinoGrande has no public test half: there the test rows are the validation rows that no choice was made on.
+    """
+    tok = tokenizer.load(hf.resolve(base_folder))
+    specs = {"train": (s.data, "train"), "validation": (s.data, s.splits[0]),
+             "test": ({**s.data, "eval_limit": s.test_limit}, s.splits[1]), "ood": (s.ood, "test")}  # fmt: skip
+    return {k: pipeline.build(cfg, split, tok, s.objective, vocab_size) for k, (cfg, split) in specs.items() if cfg}
+
+
+def contrastive(model, trees, s, base_folder):
+    """{name: contrastive loss and retrieval accuracy} of the pooled embeddings, over the halves of held-out texts."""
+    tok, spec = tokenizer.load(hf.resolve(base_folder)), s.forgetting
+    source = sources.load(spec["source"], "validation")
+    texts = [" ".join(source[i]["text"].split()[: spec["words"]]) for i in range(spec["texts"])]
+
+    def encode(texts):
+        return tok.encode_batch(texts, max_length=spec["max_length"])
+
+    batches = forgetting.pair_batches(texts, encode, batch_size=spec["batch"], length=spec["max_length"], pad_id=tok.pad_id)
+    embed = model.with_head("pooled").apply
+    return {name: forgetting.contrastive_loss(embed, p, batches, label=f"forgetting: {name}") for name, p in trees.items()}
+
+
+def books(model, trees, s, base_folder):
+    """{name: perplexity} on passages of novels."""
+    tok = tokenizer.load(hf.resolve(base_folder))
+    data = pipeline.build(s.forgetting["books"], "test", tok, "causal_lm", model.config.vocab_size)
+    batches = list(pipeline.eval_batches(data, s.eval_batch))
+    return {name: forgetting.perplexity(model.apply, p, batches, label=f"novels: {name}") for name, p in trees.items()}
+
+
+def choices(model, trees, base_folder, spec):
+    """{name: multiple-choice accuracy}, every choice after its prompt scored by its log-probability (also per character)."""
+    tok = tokenizer.load(hf.resolve(base_folder))
+    source = sources.load(spec["source"], spec["split"])
+    asked = []
+    for i in range(min(spec["limit"], len(source))):
+        row = source[i]
+        prompt = tok.encode_batch([row["prompt"]])[0]
+        ends = tok.encode_batch(row["completions"], add_special_tokens=False)
+        room = spec["length"] - max(len(end) for end in ends)  # a long prompt loses its left end, the same for every choice
+        asked.append({"choices": [(prompt[-room:] + end, len(prompt[-room:])) for end in ends],
+                      "lengths": [len(c) for c in row["completions"]], "label": row["gold"]})  # fmt: skip
+    batches = forgetting.choice_batches(asked, batch_size=spec["batch"], length=spec["length"])
+    return {name: forgetting.multiple_choice_accuracy(model.apply, p, batches, label=f"{spec['source']}: {name}")
+            for name, p in trees.items()}  # fmt: skip
