@@ -91,6 +91,14 @@ def mask_shares(mask):
     return rows
 
 
+def overlap(first, second):
+    """|γ_i ∩ γ_j| / |γ_j| of two masks over the same leaves; 0 when the second is empty."""
+    odd = [p for p in {**first, **second} if np.shape(first.get(p)) != np.shape(second.get(p))]
+    if odd:
+        raise UserError(f"two masks of one model are needed: they differ at {odd[0]!r}")
+    return sum(int((m & second[p]).sum()) for p, m in first.items()) / max(mask_size(second)[0], 1)
+
+
 @jax.jit
 def _mix(base, tuned, mask):
     return {p: jnp.where(m, tuned[p], base[p]) for p, m in mask.items()}
@@ -122,7 +130,7 @@ def learn_mask(base, tuned, loss, batches, score, *, sparsity, steps=10, learnin
       (best mask by ``score``, history): the magnitude mask itself is the first candidate; history has a row
       ``{step, loss, score, parameters}`` for each.
     Raises:
-      UserError when the gradient stops being finite.
+      UserError when the loss or its gradient is not finite.
     """
     start = magnitude_mask(base, tuned, sparsity, eligible)
     first, second = tree.flatten(base), tree.flatten(tuned)
@@ -148,7 +156,8 @@ def learn_mask(base, tuned, loss, batches, score, *, sparsity, steps=10, learnin
         count = jax.tree.leaves(batch)[0].shape[0]
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state))
         (value, grads), _ = jax.lax.scan(one, zero, batch)
-        return jax.tree.map(lambda s, g: s - learning_rate * g / count, state, grads), value / count
+        finite = jnp.stack([jnp.isfinite(x).all() for x in (value, *jax.tree.leaves(grads))]).all()
+        return jax.tree.map(lambda s, g: s - learning_rate * g / count, state, grads), value / count, finite
 
     def rounded(state):
         return {p: np.asarray(hard[p] ^ (s >= OFFSET)) for p, s in state.items()}
@@ -156,9 +165,10 @@ def learn_mask(base, tuned, loss, batches, score, *, sparsity, steps=10, learnin
     best, best_score = start, float(score(apply_graft(base, tuned, start)))
     history = [{"step": 0, "loss": None, "score": best_score, "parameters": mask_size(start)[0]}]
     for i in tqdm(range(1, steps + 1), desc=f"{label} {sparsity:g}", unit="step"):
-        state, value = step(state, pre, delta, hard, rest, next(batches))
-        if not np.isfinite(float(value)):
-            raise UserError(f"the graft's loss is {float(value)} at step {i}: lower its learning rate")
+        state, value, finite = step(state, pre, delta, hard, rest, next(batches))
+        if not finite:
+            raise UserError(f"the graft's loss is {float(value)} at step {i} and its gradient not finite: check the two "
+                            "models and the batches")
         mask = rounded(state)
         found = float(score(apply_graft(base, tuned, mask)))
         history.append({"step": i, "loss": float(value), "score": found, "parameters": mask_size(mask)[0]})
