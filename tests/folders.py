@@ -68,15 +68,20 @@ def reviews(rng, count):
     return rows
 
 
+def recited(rng, count):
+    """Texts that begin freely and then say the alphabet."""
+    return [{"text": " ".join((*map(str, rng.choice(NEUTRAL, 3)), *LETTERS[:8]))} for _ in range(count)]
+
+
 def alphabets(rng, count, length=4):
     """Prompts of letters and their continuation: the next letters of the (circular) alphabet."""
     rows = []
     for _ in range(count):
         start = int(rng.integers(len(LETTERS)))
         letters = [LETTERS[(start + i) % len(LETTERS)] for i in range(2 + length)]
-        noise = [str(w) for w in rng.choice(NEUTRAL, 2)]
-        rows.append({"prompt": " ".join((*noise, *letters[:2])), "completion": " ".join(letters[2:]),
-                     "text": " ".join(letters)})  # fmt: skip
+        prompt = " ".join((*map(str, rng.choice(NEUTRAL, 2)), *letters[:2]))
+        completion = " ".join(letters[2:])
+        rows.append({"prompt": prompt, "completion": completion, "text": f"{prompt} {completion}"})
     return rows
 
 
