@@ -169,17 +169,23 @@ def _config(path, meta, tensors):
     if f"{kind}.expert_count" in meta and _integer(path, meta, f"{kind}.expert_count"):
         raise UserError(f"{path}: mixtures of experts are not supported")
     if any(name.startswith("rope_freqs") or name.startswith("rope_factors") for name in tensors):
-        raise UserError(f"{path}: stores its rope scaling as a tensor, from which config.json cannot be made; "
-                        "take the safetensors checkpoint of this model")
+        raise UserError(
+            f"{path}: stores its rope scaling as a tensor, from which config.json cannot be made; "
+            "take the safetensors checkpoint of this model"
+        )
     config = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], "hidden_act": "silu"}
     config |= {ours: _integer(path, meta, f"{kind}.{theirs}") for ours, theirs in _KEYS.items()}
-    for key, value in config.items():
-        if value == 0:
-            raise UserError(f"{path}: the metadata for {key} is 0")
+    for key, theirs in _KEYS.items():
+        limit = len(tensors) if key == "num_hidden_layers" else 2**31
+        if not 0 < config[key] < limit:
+            raise UserError(f"{path}: the metadata '{kind}.{theirs}' is {config[key]}, which cannot be")
     head_dim = config["hidden_size"] // config["num_attention_heads"]
+    head_dim = _integer(path, meta, f"{kind}.attention.key_length",
+                        _integer(path, meta, f"{kind}.rope.dimension_count", head_dim))  # fmt: skip
+    if head_dim < 2 or head_dim % 2:
+        raise UserError(f"{path}: its metadata make heads of {head_dim} dimensions, which rotary positions cannot turn")
     config |= {
-        "head_dim": _integer(path, meta, f"{kind}.attention.key_length",
-                             _integer(path, meta, f"{kind}.rope.dimension_count", head_dim)),
+        "head_dim": head_dim,
         "rope_theta": float(_value(path, meta, f"{kind}.rope.freq_base", 10000.0)),
         # stored as float32: the shortest decimal that gives the same float32 is what was meant
         "rms_norm_eps": float(str(np.float32(_value(path, meta, f"{kind}.attention.layer_norm_rms_epsilon")))),
@@ -204,7 +210,8 @@ def _rope(path, meta, kind, config):
     table = {"rope_type": scaling, "factor": float(_value(path, meta, f"{kind}.rope.scaling.factor"))}
     if scaling == "yarn":
         table["original_max_position_embeddings"] = _integer(
-            path, meta, f"{kind}.rope.scaling.original_context_length", config["max_position_embeddings"])
+            path, meta, f"{kind}.rope.scaling.original_context_length", config["max_position_embeddings"]
+        )
     return {"rope_scaling": table}
 
 
@@ -217,19 +224,22 @@ def _plan(path, config, reader):
     for row in layout.tensors(ours):
         source = _TENSORS[row.path].format(i=row.layer)
         if source not in held:
-            raise UserError(f"{path}: the tensor {source!r} is missing{nearest(source, held)}")
+            there = [t.name for t in reader.tensors]
+            raise UserError(f"{path}: the tensor {source!r} is missing{nearest(source, there)}")
         found = tuple(reversed(held[source].shape.tolist()))
         if found != row.shape:
             raise UserError(f"{path}: {source} has shape {list(found)}, its metadata make it {list(row.shape)}")
         permuted = heads.get(row.path.rpartition("/")[0], 0) if config["model_type"] == "llama" else 0
         plan.append((row, held.pop(source), permuted))
     if held:
-        raise UserError(f"{path}: tensors that a {config['model_type']} model does not have: {', '.join(list(held)[:5])}")
+        names = ", ".join(list(held)[:5])
+        raise UserError(f"{path}: tensors that a {config['model_type']} model does not have: {names}")
     return plan
 
 
 def _tensors(path, plan):
-    for row, tensor, heads in tqdm.tqdm(plan, desc=f"dequantising {path.name}", unit="tensor", leave=False, disable=None):
+    bar = tqdm.tqdm(plan, desc=f"dequantising {path.name}", unit="tensor", leave=False, disable=None)
+    for row, tensor, heads in bar:
         try:
             array = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(row.shape)
         except (ValueError, NotImplementedError) as error:
@@ -255,8 +265,9 @@ def _tokenizer(path, meta):
         raise UserError(f"{path}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(SPLITS)}")
     tokens, kinds = (_value(path, meta, f"tokenizer.ggml.{k}") for k in ("tokens", "token_type"))
     if len(set(tokens)) != len(tokens) or len(kinds) != len(tokens):
-        raise UserError(f"{path}: the vocabulary of {len(tokens)} tokens is corrupt (repeated tokens, or "
-                        f"{len(kinds)} kinds)")
+        raise UserError(
+            f"{path}: the vocabulary of {len(tokens)} tokens is corrupt (repeated tokens, or {len(kinds)} kinds)"
+        )
     merges = [tuple(m.split(" ")) for m in _value(path, meta, "tokenizer.ggml.merges")]
     try:
         bpe = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, fuse_unk=False)
@@ -294,7 +305,8 @@ def _tokenizer_config(path, meta, tokens, tokenizer):
     if _value(path, meta, "tokenizer.ggml.add_bos_token", False) and "bos_token" in config:
         bos = config["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))])
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
+        )
     if "tokenizer.chat_template" in meta:
         config["chat_template"] = _value(path, meta, "tokenizer.chat_template")
     arch = _value(path, meta, "general.architecture")

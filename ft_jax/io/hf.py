@@ -22,7 +22,8 @@ PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.t
 # Heads that a base model has no weights for: these start at random, anything else missing is an error.
 HEAD_LEAVES = {"classification": ("head/", "pooler/"), "prototype": ("head/",), "mlm": ("mlm/",)}
 # Buffers and copies of tied weights that old files carry, and the pooler that only some heads use.
-BUFFERS = re.compile(r".*(pooler\.dense\.\w+|position_ids|rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|masked_bias|attn\.bias|(predictions|lm_head)\.decoder\.\w+)$")
+BUFFERS = re.compile(r".*(pooler\.dense\.\w+|position_ids|rotary_emb\.\w+|masked_bias|attn\.bias"
+                     r"|(predictions|lm_head)\.decoder\.\w+)$")  # fmt: skip
 OLD_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}  # the names of BERT's first checkpoints
 
 
@@ -48,8 +49,10 @@ def resolve(spec):
         raise UserError(f"{path}: is a file; a model is a folder with config.json, or a .gguf file")
     beside = [str(path.parent / n) for n in files.entries(path.parent)
               if n.endswith(".gguf") or (path.parent / n / "config.json").is_file()]  # fmt: skip
-    raise UserError(f"no model {spec!r} (a folder, a .gguf file, hf:org/name, or one of {', '.join(ASSETS)})"
-                    f"{nearest(spec, [*ASSETS, *beside])}")
+    raise UserError(
+        f"no model {spec!r} (a folder, a .gguf file, hf:org/name, or one of {', '.join(ASSETS)})"
+        f"{nearest(spec, [*ASSETS, *beside])}"
+    )
 
 
 def _from_hub(spec):
@@ -60,13 +63,18 @@ def _from_hub(spec):
     from huggingface_hub import errors as hub
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=PATTERNS, ignore_patterns=["*/*"]))
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=PATTERNS, ignore_patterns=["*/*"]
+            )
+        )
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
         raise UserError(f"{spec}: not found on the hub: {one_line(error)[:200]}") from None
-    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
-        raise UserError(f"{spec}: the hub cannot be reached ({type(error).__name__}) and no copy is in its cache; check "
-                        f"the network, or use a local folder or one of {', '.join(ASSETS)}") from None
+    except (hub.HTTPError, hub.LocalEntryNotFoundError, hub.XetDownloadError, ConnectionError, TimeoutError) as error:
+        raise UserError(
+            f"{spec}: the hub cannot be reached ({type(error).__name__}) and no copy is in its cache; "
+            f"check the network, or use a local folder or one of {', '.join(ASSETS)}"
+        ) from None
 
 
 def read_config(folder, head=None, num_labels=None):
@@ -126,8 +134,9 @@ def _locate(config, checkpoint):
 def _check_shape(config, checkpoint, name, row):
     shape = checkpoint.shape(name)
     if checkpoint.dtype(name) not in safetensors.READABLE:
-        raise UserError(f"{checkpoint.path}: {name} is {checkpoint.dtype(name)}; read are "
-                        f"{', '.join(safetensors.READABLE)}")
+        raise UserError(
+            f"{checkpoint.path}: {name} is {checkpoint.dtype(name)}; read are {', '.join(safetensors.READABLE)}"
+        )
     if shape == row.shape:
         return
     hint = ""
@@ -135,7 +144,9 @@ def _check_shape(config, checkpoint, name, row):
         hint = f" (vocab_size {config.vocab_size})"
     elif row.path.startswith("head/"):
         hint = f" (num_labels {config.num_labels})"
-    raise UserError(f"{checkpoint.path}: {name} has shape {list(shape)} but config.json{hint} makes it {list(row.shape)}")
+    raise UserError(
+        f"{checkpoint.path}: {name} has shape {list(shape)} but config.json{hint} makes it {list(row.shape)}"
+    )
 
 
 def _report_unused(folder, config, checkpoint, found):
@@ -146,8 +157,11 @@ def _report_unused(folder, config, checkpoint, found):
     unused = [n for n in unused if not BUFFERS.fullmatch(n)]
     if unused:
         more = ", …" if len(unused) > 4 else ""
-        print(f"{folder.name}: {len(unused)} tensors of the checkpoint have no place in a {config.family} with head "
-              f"{config.head!r}: {', '.join(unused[:4])}{more}", file=sys.stderr)
+        print(
+            f"{folder.name}: {len(unused)} tensors of the checkpoint have no place in a {config.family} with head "
+            f"{config.head!r}: {', '.join(unused[:4])}{more}",
+            file=sys.stderr,
+        )
 
 
 def _read(folder, config, checkpoint, found):
@@ -192,7 +206,7 @@ def save(folder, model, params, source=None, max_shard_bytes=5_000_000_000):
     for path in stacks:
         if path not in known:
             raise UserError(f"{path}: a plain checkpoint has no place for it{nearest(path, known)}")
-    for path in known - set(stacks):
+    for path in sorted(known - set(stacks)):
         raise UserError(f"the parameters hold no {path}{nearest(path, stacks)}")
     folder = files.make_folder(folder)
     if source is not None:
@@ -231,6 +245,6 @@ def copy_tokenizer(source, folder):
     """Copies the tokenizer files of one model folder to another, each whole or not at all."""
     source, folder = pathlib.Path(source), pathlib.Path(folder)
     for name in tokenizer.FILES:
-        if (source / name).is_file() and not (folder / name).resolve() == (source / name).resolve():
+        if (source / name).is_file() and (folder / name).resolve() != (source / name).resolve():
             with files.replacing(folder / name) as temporary:
                 shutil.copyfile(source / name, temporary)

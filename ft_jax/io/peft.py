@@ -93,7 +93,8 @@ def _travels(config, path, leaf, before):
 
 def _factors(path, leaf, before, stacked):
     if not isinstance(leaf, LowRank) or is_kernel(leaf.base):
-        kind = f"{type(leaf).__name__} around {type(leaf.base).__name__}" if hasattr(leaf, "base") else type(leaf).__name__
+        kind = type(leaf).__name__
+        kind += f" around {type(leaf.base).__name__}" if hasattr(leaf, "base") else ""
         raise UserError(f"{path}: a {kind} kernel has no form in PEFT; {MERGED}")
     if path.startswith("head/"):
         raise UserError(f"{path}: PEFT trains heads whole and takes no adapter on them; {MERGED}")
@@ -133,8 +134,9 @@ def load_adapter(folder, model, params):
         row = rows.get(found[1] + ".weight" if found else name)
         if row is None:
             module = found[1] if found else name
-            raise UserError(f"{checkpoint.path}: {key}: this {model.config.family} model with head {model.config.head!r} "
-                            f"has no module {module!r}{nearest(module, [n.removesuffix('.weight') for n in rows])}")
+            ours = f"this {model.config.family} model with head {model.config.head!r}"
+            known = [n.removesuffix(".weight") for n in rows]
+            raise UserError(f"{checkpoint.path}: {key}: {ours} has no module {module!r}{nearest(module, known)}")
         if found:
             factors[row][found[2]] = checkpoint.read(key)
             factors[row]["module"] = found[1]
@@ -145,8 +147,10 @@ def load_adapter(folder, model, params):
     adapters = {row: _adapter(checkpoint.path, config, row, parts) for row, parts in factors.items()}
     for row, array in whole.items():
         if array.shape != row.shape:
-            raise UserError(f"{checkpoint.path}: {row.name} is {list(array.shape)} but the model's is {list(row.shape)}: "
-                            "an adapter for another base or another number of labels")
+            raise UserError(
+                f"{checkpoint.path}: {row.name} is {list(array.shape)} but the model's is "
+                f"{list(row.shape)}: an adapter for another base or another number of labels"
+            )
     return _apply(model.config, params, adapters, whole)
 
 
@@ -161,8 +165,10 @@ def _check_config(folder, config):
         raise UserError(f"{file}: bias {config['bias']!r} is not supported; supported: none")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
-        raise UserError(f"{file}: init_lora_weights {start!r} moves the base weights, which the adapter does not hold; "
-                        "convert it to plain LoRA with PEFT first")
+        raise UserError(
+            f"{file}: init_lora_weights {start!r} moves the base weights, which the adapter does not hold; "
+            "convert it to plain LoRA with PEFT first"
+        )
     for field in ("lora_alpha", "rank_pattern", "alpha_pattern"):
         value, kinds = config.get(field), (int, float) if field == "lora_alpha" else (dict, type(None))
         if not isinstance(value, kinds) or isinstance(value, bool):
@@ -181,10 +187,13 @@ def _adapter(where, config, row, parts):
         raise UserError(f"{where}: {module} lacks lora_{'B' if 'A' in parts else 'A'}")
     a, b = parts["A"].T, parts["B"].T
     if len(row.shape) != 2 or a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-        raise UserError(f"{where}: {module}: lora_A {list(a.shape[::-1])} and lora_B {list(b.shape[::-1])} make no adapter")
+        shapes = f"lora_A {list(a.shape[::-1])} and lora_B {list(b.shape[::-1])}"
+        raise UserError(f"{where}: {module}: {shapes} make no adapter")
     if (b.shape[1], a.shape[0]) != row.shape:
-        raise UserError(f"{where}: {module} is for a matrix of {b.shape[1]}x{a.shape[0]}, the model's is "
-                        f"{row.shape[0]}x{row.shape[1]}: an adapter for another base")
+        raise UserError(
+            f"{where}: {module} is for a matrix of {b.shape[1]}x{a.shape[0]}, the model's is "
+            f"{row.shape[0]}x{row.shape[1]}: an adapter for another base"
+        )
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         try:

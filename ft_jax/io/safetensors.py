@@ -31,8 +31,9 @@ class Checkpoint:
         held = {file: set(handle.keys()) for file, handle in self._open.items()}
         for name, file in self._file.items():
             if name not in held[file]:
-                raise UserError(f"{main}: says that {name!r} is in {file.name}, which lacks it"
-                                f"{nearest(name, held[file])}")
+                raise UserError(
+                    f"{main}: says that {name!r} is in {file.name}, which lacks it{nearest(name, held[file])}"
+                )
 
     @property
     def names(self):
@@ -66,6 +67,10 @@ class Checkpoint:
             raise UserError(f"{self._file[name]}: {name} is {kind}; read are {', '.join(READABLE)}")
         return np.asarray(self._open[self._file[name]].get_tensor(name), np.float32)
 
+    def items(self):
+        """``(name, float32 array)`` of every tensor, one in memory at a time."""
+        return ((name, self.read(name)) for name in self.names)
+
 
 def _find(path):
     if path.is_file():
@@ -79,8 +84,10 @@ def _find(path):
     held = files.entries(path)
     pickled = [n for n in held if n.endswith((".bin", ".pt", ".pth"))]
     if pickled:
-        raise UserError(f"{path}: holds {pickled[0]} but no model.safetensors; pickled weights are never read, "
-                        "save them as safetensors")
+        raise UserError(
+            f"{path}: holds {pickled[0]} but no model.safetensors; pickled weights are never read, "
+            "save them as safetensors"
+        )
     raise UserError(f"{path}: holds no model.safetensors{nearest('model.safetensors', held)}")
 
 
@@ -104,7 +111,7 @@ def _open(file):
         return safe_open(file, framework="np")
     except (SafetensorError, OSError, ValueError) as error:
         size = file.stat().st_size if file.exists() else 0
-        raise UserError(f"{file}: not a whole safetensors file ({size} bytes; {error}); fetch or save it again") from None
+        raise UserError(f"{file}: not a whole safetensors file ({size} bytes; {error}); fetch it again") from None
 
 
 def save(folder, tensors, *, max_shard_bytes=5_000_000_000, metadata=None, stem="model"):
@@ -164,10 +171,12 @@ def _put_in_place(folder, stem, temporary, where, total):
         # The old index may name these files, so the new shards need other names until the index is replaced.
         mark = secrets.token_hex(4)
         names = [n.replace(f"{stem}-", f"{stem}-{mark}-", 1) for n in names]
-    for path, name in zip(temporary, names, strict=True):
-        os.replace(path, folder / name)
+    for i, name in enumerate(names):
+        os.replace(temporary[i], folder / name)
+        temporary[i] = folder / name  # goes too if anything fails before the index names it
     table = {"metadata": {"total_size": total}, "weight_map": {n: names[i] for n, i in where.items()}}
     files.write(index, json.dumps(table, indent=2).encode())
+    temporary.clear()
     single.unlink(missing_ok=True)
     for path in old:
         if path.name not in names:

@@ -86,7 +86,8 @@ class Tokenizer:
 
     def encode_batch(self, texts, pairs=None, *, max_length=None, add_special_tokens=True):
         """Token ids of each text (or pair of texts) as lists of int; ``max_length`` as in ``encodings``."""
-        return [e.ids for e in self.encodings(texts, pairs, max_length=max_length, add_special_tokens=add_special_tokens)]
+        made = self.encodings(texts, pairs, max_length=max_length, add_special_tokens=add_special_tokens)
+        return [e.ids for e in made]
 
     def decode(self, ids, *, skip_special_tokens=False):
         """Text of token ids."""
@@ -110,7 +111,7 @@ class Tokenizer:
             return _compile(self.chat_template).render(**given)
         except jinja2.TemplateError as error:
             raise UserError(f"chat template: {one_line(error)}") from None
-        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError, OverflowError, RecursionError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
             raise UserError(f"chat template: {type(error).__name__}: {one_line(error)}") from None
 
 
@@ -134,7 +135,8 @@ def _compile(template):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from ft_jax.io import hf
+from ft_jax.io import hf, safetensors, tokenizer
 from ft_jax.models import config_from_hf
 
 transformers.utils.logging.disable_progress_bar()
@@ -45,7 +45,12 @@ CASES = {
     "mistral-classification": ("Mistral", "ForSequenceClassification", GQA, {"sliding_window": 5}),
     "qwen2": ("Qwen2", "ForCausalLM", GQA, {}),
     "qwen2-tied": ("Qwen2", "ForCausalLM", GQA, {"tie_word_embeddings": True}),
-    "qwen2-window": ("Qwen2", "ForCausalLM", GQA, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2-window": (
+        "Qwen2",
+        "ForCausalLM",
+        GQA,
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
     "qwen2-yarn": ("Qwen2", "ForCausalLM", GQA, {"rope_parameters": YARN}),
     "qwen2-classification": ("Qwen2", "ForSequenceClassification", GQA, {}),
     "qwen3": ("Qwen3", "ForCausalLM", GQA, {"head_dim": 16}),
@@ -173,13 +178,24 @@ def test_minilm(real_model):
 
 
 @pytest.mark.slow
-def test_smollm2(real_model):
+def test_smollm2(real_model, tmp_path):
     """The real decoder, read from its GGUF file by both sides."""
     from ft_jax.io import assets
 
     file = assets.gguf_file(real_model("smollm2"))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    model, params = hf.load("smollm2")
-    error = compare(theirs, model.apply, params, *batch(49000, 2, "right", rows=2, length=24))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    ).eval()
+    folder = hf.resolve("smollm2")
+    model, params = hf.load(folder)
+    hf.save(tmp_path, model, params)
+    for name, tensor in safetensors.Checkpoint(tmp_path).items():
+        assert np.array_equal(tensor, theirs.state_dict()[name].numpy()), name
+    texts = ["The capital of France is Paris, and the capital of Italy is", "Once upon a time"]
+    rows = tokenizer.load(folder).encode_batch(texts)
+    ids = np.array([row + [2] * (len(rows[0]) - len(row)) for row in rows])
+    mask = np.array([[1] * len(row) + [0] * (len(rows[0]) - len(row)) for row in rows])
+    error = compare(theirs, model.apply, params, ids, mask)
+    next_token = np.asarray(model.apply(params, {"input_ids": ids[:1]}))[0, -1].argmax()
     print(f"smollm2 logits {error:.1e}")
-    assert error < TOLERANCE
+    assert error < TOLERANCE and tokenizer.load(folder).decode([next_token]) == " Rome"

@@ -36,7 +36,12 @@ RULES = {
 OPTIONS = {
     "plain": {"r": 4, "lora_alpha": 8},
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
-    "patterns": {"r": 4, "lora_alpha": 8, "rank_pattern": {r"layers?\.1\..*": 2}, "alpha_pattern": {r"layers?\.2\..*": 3}},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {r"layers?\.1\..*": 2},
+        "alpha_pattern": {r"layers?\.2\..*": 3},
+    },
     "one-layer": {"r": 3, "lora_alpha": 8, "layers_to_transform": [1]},
 }
 # Every variant on one decoder and one encoder, the plain one on every model.
