@@ -128,7 +128,8 @@ def plan(base, tuned, include=None, exclude=EXCLUDE):
             raise UserError(f"{name}: shape {list(other)} in {base} but {list(shape)} in {tuned}")
         for checkpoint, held in ((first, partner[name]), (second, name)):
             if checkpoint.dtype(held) not in READABLE:
-                raise UserError(f"{checkpoint.path}: {held} is {checkpoint.dtype(held)}; read are {', '.join(READABLE)}")
+                raise UserError(f"{checkpoint.path}: {held} is {checkpoint.dtype(held)}; "
+                                f"read are {', '.join(READABLE)}")
         in_out = _stored_in_out(name, shape, kind, hidden)
         if in_out is None:
             skipped[name] = "stacked experts whose orientation hidden_size does not tell"

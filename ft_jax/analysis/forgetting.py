@@ -137,8 +137,8 @@ def _perplexity(apply, params, batch):
 def perplexity(apply, params, batches, *, label="perplexity"):
     """Perplexity exp(mean −log p(token | those before it)), every target token of all batches weighing the same.
 
-    ``apply`` gives next-token logits ``[B, T, V]``. Batches: input_ids, optional attention_mask or segment_ids, optional
-    ``loss_mask`` (1 where the token itself is a target), optional weight.
+    ``apply`` gives next-token logits ``[B, T, V]``. Batches: input_ids, optional attention_mask or segment_ids,
+    optional ``loss_mask`` (1 where the token itself is a target), optional weight.
     Returns ``{loss (nats a token), perplexity, tokens}``.
     """
     t = _total(_perplexity, apply, params, batches, label)
@@ -171,7 +171,8 @@ def multiple_choice_accuracy(apply, params, batches, *, label="multiple choice")
     Returns ``{accuracy, accuracy_norm, questions}``.
     """
     t = _total(_multiple_choice, apply, params, batches, label)
-    return {"accuracy": t["hits"] / t["count"], "accuracy_norm": t["hits_norm"] / t["count"], "questions": int(t["count"])}
+    n = t["count"]
+    return {"accuracy": t["hits"] / n, "accuracy_norm": t["hits_norm"] / n, "questions": int(n)}
 
 
 def _padded(rows, length, pad_id):
@@ -220,7 +221,7 @@ def choice_batches(questions, *, batch_size, length, pad_id=0):
             raise UserError(f"question {i}: label {q['label']} is not one of {len(q['choices'])} choices")
         for ids, start in q["choices"]:
             if not 1 <= start < len(ids) <= length:
-                raise UserError(f"question {i}: a choice of {len(ids)} tokens from {start} on does not fit 1 … {length}")
+                raise UserError(f"question {i}: a choice of {len(ids)} tokens from {start} on does not fit {length}")
     return [_choice_batch(questions[i : i + batch_size], batch_size, widest, length, pad_id)
             for i in range(0, len(questions), batch_size)]  # fmt: skip
 

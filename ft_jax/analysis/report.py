@@ -62,7 +62,8 @@ figure svg { display: block; width: 100%; height: auto; margin: 0 auto; color: v
 figure svg text { font-family: inherit !important; }
 @media (max-width: 40rem) { figure svg { min-width: 31rem; } body { font-size: 16px; } main { padding-top: 2rem; } }
 table { border-collapse: collapse; width: 100%; font-size: .87rem; line-height: 1.35;
-  font-variant-numeric: lining-nums tabular-nums; border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink); }
+  font-variant-numeric: lining-nums tabular-nums;
+  border-top: 1.5px solid var(--ink); border-bottom: 1.5px solid var(--ink); }
 th { font-weight: 600; text-align: left; vertical-align: bottom; border-bottom: .75px solid var(--ink); }
 th, td { padding: .32rem .9rem .32rem 0; }
 th:last-child, td:last-child { padding-right: 0; }
@@ -194,8 +195,8 @@ def figure(fig, caption, alt=None):
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{mark}", svg)
     svg = re.sub(r"((?:stroke|fill): )#000000", r"\1currentColor", svg)
     width = re.search(r'width="([\d.]+)pt"', svg).group(1)
-    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>',
-                 rf'<svg role="img" aria-label="{_label(alt or caption)}" \1 style="max-width: {width}pt">', svg, count=1)
+    tag = rf'<svg role="img" aria-label="{_label(alt or caption)}" \1 style="max-width: {width}pt">'
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', tag, svg, count=1)
     return Html(f'<figure><div class="wide">{svg}</div><figcaption>{_safe(caption)}</figcaption></figure>')
 
 

@@ -28,7 +28,7 @@ def _slices(array, axis):
 
 
 def _gram(w, minus=None):
-    """float64 Gram matrix ``[n, n]`` (upper triangle) over the smaller side of W, or of W − minus, ``[d_in, d_out]``."""
+    """float64 Gram matrix ``[n, n]`` (upper triangle) over the smaller side of W, or of W − minus."""
     over = 0 if w.shape[0] >= w.shape[1] else 1
     n = w.shape[1 - over]
     gram = np.zeros((n, n), order="F")
@@ -174,8 +174,11 @@ def spectral(base, tuned, *, k=10, eps=0.5):
 @register("analysis", "singular_similarity", paper="arXiv:2410.21228")
 def similarity(base, tuned, *, top=10):
     """|U0ᵀ U| of the top left singular vectors: ``similarity [..., top, top]``, rows base, columns tuned."""
-    return _batched(
-        lambda b, t: {"similarity": np.minimum(np.abs(_top_left(b, top)[1].T @ _top_left(t, top)[1]), 1.0)}, base, tuned)
+
+    def cosines(b, t):
+        return {"similarity": np.minimum(np.abs(_top_left(b, top)[1].T @ _top_left(t, top)[1]), 1.0)}
+
+    return _batched(cosines, base, tuned)
 
 
 @register("analysis", "principal_angles", paper="Björck & Golub, Math. Comp. 1973")

@@ -80,7 +80,8 @@ def _skipped(summary):
     counts = ", ".join(f"{n} ({why})" for why, n in summary["skipped_counts"].items()) or "none"
     blocks = [f"Tensors left out: {counts}."]
     if summary["skipped"]:
-        blocks.append(report.details("Which ones", report.table(summary["skipped"], [("name", "Tensor"), ("why", "Why")])))
+        table = report.table(summary["skipped"], [("name", "Tensor"), ("why", "Why")])
+        blocks.append(report.details("Which ones", table))
     return blocks
 
 

@@ -25,7 +25,7 @@ OFFSET = 10.0  # c of γ = b + (1 − 2b) σ(S − c): the soft mask starts at t
 def eligible_paths(params, rules=ELIGIBLE):
     """Paths of the leaves that a graft may touch, by ordered regex rules; UserError if there are none."""
     flat = tree.flatten(params)
-    used = [r for r in rules if not (r in ELIGIBLE) or any(p.startswith(("layers/", "frozen_layers/")) for p in flat)]
+    used = [r for r in rules if r not in ELIGIBLE or any(p.startswith(("layers/", "frozen_layers/")) for p in flat)]
     chosen = tree.match(used, flat, what="eligible rule", default=False)
     paths = [path for path, wanted in chosen.items() if wanted]
     if not paths:
@@ -151,7 +151,8 @@ def learn_mask(base, tuned, loss, batches, score, *, sparsity, steps=10, learnin
     @jax.jit
     def step(state, pre, delta, hard, rest, batch):
         def one(total, micro):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(soft_loss)(state, pre, delta, hard, rest, micro)), None
+            found = jax.value_and_grad(soft_loss)(state, pre, delta, hard, rest, micro)
+            return jax.tree.map(jnp.add, total, found), None
 
         count = jax.tree.leaves(batch)[0].shape[0]
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state))
@@ -167,8 +168,8 @@ def learn_mask(base, tuned, loss, batches, score, *, sparsity, steps=10, learnin
     for i in tqdm(range(1, steps + 1), desc=f"{label} {sparsity:g}", unit="step"):
         state, value, finite = step(state, pre, delta, hard, rest, next(batches))
         if not finite:
-            raise UserError(f"the graft's loss is {float(value)} at step {i} and its gradient not finite: check the two "
-                            "models and the batches")
+            raise UserError(f"the graft's loss is {float(value)} at step {i} and its gradient not finite: "
+                            "check the two models and the batches")
         mask = rounded(state)
         found = float(score(apply_graft(base, tuned, mask)))
         history.append({"step": i, "loss": float(value), "score": found, "parameters": mask_size(mask)[0]})

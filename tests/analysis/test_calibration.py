@@ -52,7 +52,8 @@ def test_reliability_rows_add_up():
     for r in rows:
         if r["count"]:
             assert r["low"] < r["confidence"] <= r["high"]
-    assert sum(r["count"] * (r["accuracy"] or 0) for r in rows) / 100 == pytest.approx(calibration.accuracy(probs, labels))
+    share = sum(r["count"] * (r["accuracy"] or 0) for r in rows) / 100
+    assert share == pytest.approx(calibration.accuracy(probs, labels))
 
 
 @pytest.mark.parametrize("probs,labels,message", [

@@ -9,7 +9,7 @@ from ft_jax.errors import UserError
 
 V, D = 11, 6
 RNG = np.random.default_rng(0)
-PARAMS = {"embed": RNG.standard_normal((V, D)).astype(np.float32), "out": RNG.standard_normal((D, V)).astype(np.float32)}
+PARAMS = {name: RNG.standard_normal(s).astype(np.float32) for name, s in (("embed", (V, D)), ("out", (D, V)))}
 
 
 def bidirectional(params, inputs):
@@ -52,9 +52,10 @@ def test_pseudo_loss_against_a_direct_loop():
     assert out["tokens"] == len(total) == 9
     assert out["loss"] == pytest.approx(np.mean(total), rel=1e-5)
     assert out["pseudo_perplexity"] == pytest.approx(np.exp(np.mean(total)), rel=1e-5)
-    parts = [{k: v[:2] for k, v in batch.items()},
-             {k: np.concatenate([v[2:], v[2:]]) for k, v in batch.items()} | {"weight": np.array([1.0, 0.0], np.float32)}]
-    assert forgetting.pseudo_loss(bidirectional, PARAMS, parts, mask_id=mask_id)["loss"] == pytest.approx(out["loss"], rel=1e-6)
+    last = {k: v[[2, 2]] for k, v in batch.items()} | {"weight": np.array([1.0, 0.0], np.float32)}
+    again = forgetting.pseudo_loss(
+        bidirectional, PARAMS, [{k: v[:2] for k, v in batch.items()}, last], mask_id=mask_id)
+    assert again["loss"] == pytest.approx(out["loss"], rel=1e-6) and again["tokens"] == 9
 
 
 def test_perplexity_weighs_tokens_and_counts_targets_only():
@@ -84,13 +85,15 @@ def test_perplexity_never_predicts_across_packed_segments():
 
 def test_left_padding_has_no_first_prediction():
     ids = RNG.integers(0, V, (1, 4)).astype(np.int32)
-    out = forgetting.perplexity(causal, PARAMS, [{"input_ids": ids, "attention_mask": np.array([[0, 1, 1, 1]], np.int32)}])
+    batch = {"input_ids": ids, "attention_mask": np.array([[0, 1, 1, 1]], np.int32)}
+    out = forgetting.perplexity(causal, PARAMS, [batch])
     assert out["tokens"] == 2
 
 
 def pairs(first, second, weight=None):
-    wrap = lambda rows: {"input_ids": np.array(rows, np.int32), "attention_mask": np.ones((len(rows), 1), np.int32)}  # noqa: E731
-    out = {"first": wrap(first), "second": wrap(second)}
+    mask = np.ones((len(first), 1), np.int32)
+    out = {key: {"input_ids": np.array(rows, np.int32), "attention_mask": mask}
+           for key, rows in (("first", first), ("second", second))}  # fmt: skip
     return out | ({"weight": np.array(weight, np.float32)} if weight else {})
 
 
@@ -101,7 +104,8 @@ def test_contrastive_loss_closed_form_and_padding():
     loss = -(np.diag(log_softmax(scores)) + np.diag(log_softmax(scores.T))).mean() / 2
     hits = ((scores.argmax(1) == np.arange(3)).mean() + (scores.argmax(0) == np.arange(3)).mean()) / 2
     out = forgetting.contrastive_loss(pooled, PARAMS, [pairs(first, second)], scale=2.0)
-    assert loss > 0.1 and out["loss"] == pytest.approx(loss, rel=1e-4) and out["accuracy"] == pytest.approx(hits) and out["pairs"] == 3
+    assert loss > 0.1 and out["loss"] == pytest.approx(loss, rel=1e-4)
+    assert out["accuracy"] == pytest.approx(hits) and out["pairs"] == 3
     padded = forgetting.contrastive_loss(
         pooled, PARAMS, [pairs(first + [[1]], second + [[4]], [1, 1, 1, 0])], scale=2.0)
     assert padded["loss"] == pytest.approx(out["loss"], rel=1e-5) and padded["accuracy"] == out["accuracy"]
@@ -110,7 +114,9 @@ def test_contrastive_loss_closed_form_and_padding():
 
 
 def test_pair_batches_split_by_words_and_keep_whole_batches():
-    encode = lambda texts: [[len(w) for w in t.split()] for t in texts]  # noqa: E731
+    def encode(texts):
+        return [[len(w) for w in t.split()] for t in texts]
+
     out = forgetting.pair_batches(["a bb ccc", "dd e", "x y"], encode, batch_size=2, length=3, pad_id=7)
     assert len(out) == 1
     np.testing.assert_array_equal(out[0]["first"]["input_ids"], [[1, 2, 7], [2, 7, 7]])
