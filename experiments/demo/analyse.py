@@ -4,6 +4,7 @@ import json
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -35,7 +36,8 @@ def once(path, make, clock):
 def tuned(workdir, name):
     """Dense float32 parameters of a finished run, at its last step: every run had the same budget."""
     _, params, _ = load_run(workdir / "runs" / name, which="last")
-    return jax.jit(kernels.merge)(params)
+    # Placed like the base's: a jitted function that has seen one tree is not compiled again for the next.
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), kernels.merge(params))
 
 
 def all_scores(s, model, folder, trees, data):
