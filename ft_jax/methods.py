@@ -1,4 +1,4 @@
-"""``python -m ft_jax.methods``: every registered method; ``--json`` for the same as JSON."""
+"""``python -m ft_jax.methods``: every registered method; ``--json`` or ``--markdown`` (docs/methods.md) for the same."""
 
 import argparse
 import json
@@ -13,8 +13,15 @@ def rows():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/methods.md")
     args = parser.parse_args(argv)
     table = rows()
+    if args.markdown:
+        print("# Methods\n\nWritten by `python -m ft_jax.methods --markdown > docs/methods.md`.\n")
+        print("| kind | name | what it is | source |\n|---|---|---|---|")
+        for r in table:
+            print("| {kind} | `{name}` | {} | {source} |".format(r["summary"].replace("|", "\\|"), **r))
+        return
     if args.json:
         print(json.dumps(table, indent=1))
         return

@@ -259,10 +259,10 @@ def _start(cfg, run, parts):
     opt_state = parallel.shard(jax.jit(parts["tx"].init)(trainable), parts["mesh"])
     size = _bytes(trainable)
     run.need_space((size + _bytes(opt_state)) * (cfg["save"]["keep"] + 1) + 2 * size)
-    meta = {"fingerprint": parts["fingerprint"], "best": None, "stale": 0}
+    meta = {"recipe": {**recipe.of_config(cfg), "fingerprint": parts["fingerprint"]}, "best": None, "stale": 0}
     step = run.latest("checkpoints") or 0
     if step:
-        recipe.check_base(cfg["model"]["path"], parts["fingerprint"], run.meta("checkpoints")["fingerprint"])
+        recipe.check_base(cfg["model"]["path"], parts["fingerprint"], run.meta("checkpoints")["recipe"]["fingerprint"])
         items, meta = run.restore("checkpoints", {"trainable": trainable, "opt_state": opt_state})
         trainable, opt_state = items["trainable"], items["opt_state"]
     run.rewind_metrics(step)

@@ -1,6 +1,7 @@
 """``python -m ft_jax.methods``: the registry as people and programs read it."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -29,3 +30,9 @@ def test_an_unknown_flag_ends_with_status_2(capsys):
         methods.main(["--jsno"])
     assert stop.value.code == 2
     assert "--jsno" in capsys.readouterr().err
+
+
+def test_the_committed_table_is_what_the_command_prints(capsys):
+    methods.main(["--markdown"])
+    held = (pathlib.Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    assert capsys.readouterr().out == held, "run: python -m ft_jax.methods --markdown > docs/methods.md"

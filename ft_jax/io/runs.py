@@ -169,8 +169,7 @@ def load_run(workdir, which="best"):
     run = Run(path, json.loads((path / "config.json").read_text()), tensorboard=False)
     try:
         name = "best" if which == "best" and run.latest("best") is not None else "checkpoints"
-        recipe = recipes.of_config(run.config)
-        recipe["fingerprint"] = run.meta(name)["fingerprint"]
+        recipe = run.meta(name)["recipe"]
         model, params, mask, _ = recipes.build(recipe)
         trainable, frozen = tree.split(params, mask)
         restored, _ = run.restore(name, {"trainable": trainable})
