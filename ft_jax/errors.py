@@ -1,5 +1,6 @@
 """Errors a person can act on: one line that says what, where, and the nearest right thing."""
 
+import argparse
 import difflib
 import errno
 import functools
@@ -38,6 +39,16 @@ def disk_full(error):
 
 def one_line(error):
     return " ".join(str(error).split())
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose complaints are a ``UserError`` of one line; options are written out in full."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(message)
 
 
 def cli(main):

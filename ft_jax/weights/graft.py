@@ -139,7 +139,8 @@ def learn_mask(base, tuned, loss, batches, score, *, sparsity, steps=10, learnin
     hard = {p: jnp.asarray(m) for p, m in start.items()}
     rest = {p: x for p, x in first.items() if p not in start}
     keys = jax.random.split(jax.random.key(seed), len(start))
-    state = {p: jax.random.uniform(k, m.shape) for (p, m), k in zip(start.items(), keys, strict=True)}
+    # On the base's devices from the first step on, else the second step compiles again.
+    state = {p: jax.device_put(jax.random.uniform(k, pre[p].shape), pre[p].sharding) for p, k in zip(start, keys)}
 
     def soft_loss(state, pre, delta, hard, rest, batch):
         def mixed(s, b, w, d):
