@@ -24,13 +24,8 @@ def _folder(spec):
     return hf.resolve(spec)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise errors.UserError(message)
-
-
 def _arguments(argv):
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = errors.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="the pretrained model")
     parser.add_argument("--tuned", required=True, help="the fine-tuned model")
     parser.add_argument("--out", required=True, help="folder for spectral.json and spectral.html")

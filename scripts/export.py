@@ -8,15 +8,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from absl import app, flags
-
-from ft_jax.errors import UserError, cli
+from ft_jax import errors
+from ft_jax.errors import UserError
 from ft_jax.io import hf, peft, runs
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_FORMAT = flags.DEFINE_enum("format", "merged", ["merged", "peft"], "A whole model, or the adapter alone.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write.")
-_WHICH = flags.DEFINE_enum("which", "best", ["best", "last"], "Which checkpoint of the run.")
 
 
 def export(workdir, form, out, which="best"):
@@ -34,12 +28,16 @@ def export(workdir, form, out, which="best"):
     print(f"wrote {out}")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-    export(_WORKDIR.value, _FORMAT.value, _OUT.value, _WHICH.value)
+@errors.cli
+def main(argv=None):
+    parser = errors.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", required=True, help="folder of the run")
+    parser.add_argument("--format", choices=("merged", "peft"), default="merged", help="a whole model, or the adapter alone")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of the run (best)")
+    args = parser.parse_args(argv)
+    export(args.workdir, args.format, args.out, args.which)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir", "out"])
-    app.run(cli(main))
+    main()
