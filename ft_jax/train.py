@@ -171,8 +171,6 @@ class Best:
 
     def take(self, metrics, step):
         """Notes a better value; returns whether it was one."""
-        if self.metric not in metrics:
-            raise UserError(f"eval.metric {self.metric!r} is not measured{nearest(self.metric, metrics)}")
         value, sign = metrics[self.metric], 1 if self.metric == "accuracy" else -1
         if self.value is not None and sign * value <= sign * self.value:
             return False
@@ -229,6 +227,10 @@ def prepare(cfg):
         split: pipeline.build(cfg["data"], split, tok, cfg["objective"], model.config.vocab_size)
         for split in ("train", "validation")
     }
+    sample = {**data["validation"].gather([0]), "weight": jnp.ones(1)}
+    measured = jax.eval_shape(lambda p, batch: objective(p, batch, None)[1], params, sample).keys() - {"weight"}
+    if cfg["eval"]["metric"] not in measured:
+        raise UserError(f"eval.metric {cfg['eval']['metric']!r} is not measured{nearest(cfg['eval']['metric'], measured)}")
     return {"mesh": mesh, "tx": tx, "lr": lr, "model": model, "params": params, "mask": mask,
             "fingerprint": fingerprint, "objective": objective, "data": data}  # fmt: skip
 
