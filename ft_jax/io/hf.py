@@ -101,10 +101,10 @@ def load(spec, head=None, num_labels=None, rng=None, dtype="float32", remat="non
     model = Model(config, dtype=dtype, remat=remat)
     checkpoint = safetensors.Checkpoint(folder)
     found, absent = _locate(config, checkpoint)
-    _report_unused(folder, config, checkpoint, found)
-    params = _read(folder, config, checkpoint, found)
+    _report_unused(spec, config, checkpoint, found)
+    params = _read(spec, config, checkpoint, found)
     if absent:
-        print(f"{folder.name}: no {', '.join(absent)} in the checkpoint: started at random", file=sys.stderr)
+        print(f"{spec}: no {', '.join(absent)} in the checkpoint: started at random", file=sys.stderr)
         params |= _fresh(model, absent, jax.random.key(0) if rng is None else rng)
     return model, tree.nest(params)
 
@@ -149,7 +149,7 @@ def _check_shape(config, checkpoint, name, row):
     )
 
 
-def _report_unused(folder, config, checkpoint, found):
+def _report_unused(spec, config, checkpoint, found):
     # Weights of the family's other heads are no surprise.
     known = {n for head in HEADS[config.kind] for n in names(config.with_head(head)).values() if "{i}" not in n}
     known |= {n.removeprefix(layout.prefix(config)) for n in known}
@@ -158,15 +158,15 @@ def _report_unused(folder, config, checkpoint, found):
     if unused:
         more = ", …" if len(unused) > 4 else ""
         print(
-            f"{folder.name}: {len(unused)} tensors of the checkpoint have no place in a {config.family} with head "
+            f"{spec}: {len(unused)} tensors of the checkpoint have no place in a {config.family} with head "
             f"{config.head!r}: {', '.join(unused[:4])}{more}",
             file=sys.stderr,
         )
 
 
-def _read(folder, config, checkpoint, found):
+def _read(spec, config, checkpoint, found):
     stacks, params = {}, {}
-    for row, name in tqdm.tqdm(found.items(), desc=f"reading {folder.name}", unit="tensor", leave=False, disable=None):
+    for row, name in tqdm.tqdm(found.items(), desc=f"reading {spec}", unit="tensor", leave=False, disable=None):
         array = checkpoint.read(name)
         array = array.T if row.transposed else array
         if row.layer is None:

@@ -136,8 +136,11 @@ def _write_shards(folder, tensors, max_shard_bytes, metadata, temporary, where):
 
     def flush():
         temporary.append(files.temporary_name(folder / f"shard-{len(temporary)}"))
+        temporary[-1].touch()
+        mode = temporary[-1].stat().st_mode  # the library makes files that only their owner may read
         try:
             save_file(shard, temporary[-1], metadata={"format": "pt", **(metadata or {})})
+            temporary[-1].chmod(mode)
         except SafetensorError as error:
             if disk_full(error):
                 raise OSError(28, f"No space left on device: {error}", str(folder)) from None

@@ -30,6 +30,9 @@ def test_round_trip(tmp_path, limit):
     assert sorted(written) == files.entries(tmp_path)
     assert len(written) == {10_000: 1, 100: 4, 48: 6}[limit]  # shards and, from two on, an index
     same(read(tmp_path), ARRAYS)
+    (tmp_path / "other").touch()
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1  # as readable as any file made here
 
 
 def test_sizes_are_bounded(tmp_path):

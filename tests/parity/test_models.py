@@ -191,11 +191,15 @@ def test_smollm2(real_model, tmp_path):
     hf.save(tmp_path, model, params)
     for name, tensor in safetensors.Checkpoint(tmp_path).items():
         assert np.array_equal(tensor, theirs.state_dict()[name].numpy()), name
-    texts = ["The capital of France is Paris, and the capital of Italy is", "Once upon a time"]
-    rows = tokenizer.load(folder).encode_batch(texts)
-    ids = np.array([row + [2] * (len(rows[0]) - len(row)) for row in rows])
-    mask = np.array([[1] * len(row) + [0] * (len(rows[0]) - len(row)) for row in rows])
+    tok = tokenizer.load(folder)
+    # The first token's activations reach the thousands: against float64, both sides are off by about 1e-4 there.
+    chat = tok.apply_chat_template([{"role": "user", "content": "What is gravity?"}], add_generation_prompt=True)
+    rows = tok.encode_batch(["def f(x): return", "In 1969, three astronauts", "Water boils at 100 degrees", chat])
+    longest = max(map(len, rows))
+    ids = np.array([row + [2] * (longest - len(row)) for row in rows])
+    mask = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     error = compare(theirs, model.apply, params, ids, mask)
-    next_token = np.asarray(model.apply(params, {"input_ids": ids[:1]}))[0, -1].argmax()
     print(f"smollm2 logits {error:.1e}")
-    assert error < TOLERANCE and tokenizer.load(folder).decode([next_token]) == " Rome"
+    assert error < TOLERANCE
+    prompt = np.array(tok.encode_batch(["The capital of France is Paris, and the capital of Italy is"]))
+    assert tok.decode([np.asarray(model.apply(params, {"input_ids": prompt}))[0, -1].argmax()]) == " Rome"
