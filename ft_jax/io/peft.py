@@ -125,7 +125,8 @@ def load_adapter(folder, model, params):
     folder = pathlib.Path(folder)
     config = files.read_json(folder / "adapter_config.json")
     _check_config(folder, config)
-    checkpoint = safetensors.Checkpoint(folder)
+    # Named in full: the folder may hold a merged model beside the adapter.
+    checkpoint = safetensors.Checkpoint(folder / "adapter_model.safetensors")
     rows = _rows_by_name(model.config)
     factors, whole = collections.defaultdict(dict), {}
     for key in checkpoint.names:
