@@ -1,10 +1,12 @@
 """Tiny random models of every family, their batches, and counts of compiled work."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft_jax import models, tree
+from ft_jax import models, train, tree
 from ft_jax.models.config import ARCHITECTURES
 
 VOCAB, PAD, MASK = 64, 0, 4  # ids below FIRST are special, as in BERT's vocabularies
@@ -57,6 +59,12 @@ def make_batch(model, rows=4, length=8, seed=0, padded=True):
     return {"input_ids": np.where(mask, ids, pad), "attention_mask": mask,
             "label": rng.integers(0, model.config.num_labels, rows).astype(np.int32),
             "loss_mask": mask * ~prompt, "special_tokens_mask": special | (1 - mask)}  # fmt: skip
+
+
+def make_objective(name, model, dropout=False):
+    """``(params, batch, rng) -> (loss, metrics)`` as a training run makes it."""
+    cfg = {"objective": name, "model": {"dropout": dropout}, "data": {"num_labels": model.config.num_labels}}
+    return train.make_objective(cfg, model, SimpleNamespace(mask_id=MASK))
 
 
 def inputs(batch):

@@ -1,0 +1,181 @@
+"""Optimisers go downhill, schedules follow their closed forms, and a step is the same however it is cut up."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ft_jax import kernels, registry, train, tree, updates
+from ft_jax.errors import UserError
+from tests.helpers import assert_trees_close, make_batch, make_model, make_objective, make_params
+
+UPDATES = [m.name for m in registry.methods("update")]
+START = {"a": jnp.linspace(-1, 1, 6).reshape(2, 3), "frozen": None, "b": {"c": jnp.asarray([2.0, -3.0])}}
+CURVES = {"a": jnp.linspace(0.5, 4, 6).reshape(2, 3), "frozen": None, "b": {"c": jnp.asarray([1.0, 0.2])}}
+
+
+def quadratic(params):
+    return sum(jnp.sum(d * x**2) for d, x in zip(jax.tree.leaves(CURVES), jax.tree.leaves(params))) / 2
+
+
+def run(tx, steps, params=START):
+    """Losses before each step and after the last one, and the last parameters."""
+
+    @jax.jit
+    def step(params, state):
+        loss, grads = jax.value_and_grad(quadratic)(params)
+        moves, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, moves), state, loss
+
+    state, losses = tx.init(params), []
+    for _ in range(steps):
+        params, state, loss = step(params, state)
+        losses.append(float(loss))
+    return [*losses, float(quadratic(params))], params
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_every_update_goes_downhill_and_knows_nothing_of_frozen_leaves(name):
+    losses, params = run(registry.call("update", name, learning_rate=1e-2), 60)
+    assert losses[1] < losses[0] and losses[-1] < 0.95 * losses[0], losses
+    assert all(np.isfinite(losses))
+    assert params["frozen"] is None
+    default, _ = run(registry.call("update", name), 20)
+    assert default[-1] < default[0], "the default learning rate moves too"
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_every_update_follows_a_schedule(name):
+    tx = registry.call("update", name, learning_rate=lambda step: jnp.where(step < 2, 0.0, 1e-2))
+    losses, _ = run(tx, 4)
+    assert losses[0] == losses[1] == losses[2] > losses[3] > losses[4]
+
+
+GRAD, PARAM = np.asarray([0.3, -2.0, 1e-3]), np.asarray([1.0, -0.5, 2.0])
+FIRST = {  # first move with learning rate 0.1 on gradient GRAD at PARAM
+    "sgd": ({"momentum": 0.9, "weight_decay": 0.1}, -0.1 * (GRAD + 0.1 * PARAM)),
+    "adamw": ({"weight_decay": 0.1}, -0.1 * (GRAD / (np.abs(GRAD) + 1e-8) + 0.1 * PARAM)),
+    "lion": ({"weight_decay": 0.1}, -0.1 * (np.sign(GRAD) + 0.1 * PARAM)),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_move_is_the_closed_form(name):
+    hp, expected = FIRST[name]
+    tx = registry.call("update", name, learning_rate=0.1, **hp)
+    moves, _ = tx.update(jnp.asarray(GRAD), tx.init(jnp.asarray(PARAM)), jnp.asarray(PARAM))
+    np.testing.assert_allclose(moves, expected, rtol=1e-5)
+
+
+SHAPES = {
+    "constant": lambda share: 1.0,
+    "linear": lambda share: 1 - share,
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+}
+
+
+@pytest.mark.parametrize("name", updates.SCHEDULES)
+@pytest.mark.parametrize("steps, warmup, rise", [(100, 0.06, 6), (40, 0.0, 0), (50, 10, 10), (10, 1, 1), (1, 0.06, 0)])
+def test_schedules_are_their_closed_forms(name, steps, warmup, rise):
+    assert set(SHAPES) == set(updates.SCHEDULES)
+    schedule, peak = updates.schedule(name, 2e-3, steps, warmup), 2e-3
+    for step in range(steps + 1):
+        expected = step / rise if step < rise else SHAPES[name]((step - rise) / (steps - rise))
+        assert float(schedule(step)) == pytest.approx(peak * expected, abs=1e-9), step
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("linaer", 1e-3, 10, 0.0), "no schedule called 'linaer'; nearest: 'linear'"),
+        (("linear", 1e-3, 10, 10), "warm-up of 10 steps does not fit a run of 10 steps"),
+        (("linear", 1e-3, 10, -1), "warm-up is -1; it is a share"),
+    ],
+)
+def test_a_schedule_that_cannot_be(args, message):
+    with pytest.raises(UserError, match=message):
+        updates.schedule(*args)
+
+
+def test_build_clips_by_the_global_norm_and_names_what_is_unknown():
+    grads = {"a": jnp.asarray([3.0, 0.0]), "b": jnp.asarray([4.0])}
+    for clip, factor in ((1.0, 1 / 5), (10.0, 1.0), (0.0, 1.0)):
+        tx, lr = updates.build("sgd", learning_rate=0.5, steps=10, schedule_name="constant", warmup=0, clip=clip)
+        moves, _ = tx.update(grads, tx.init(grads), grads)
+        assert_trees_close(moves, jax.tree.map(lambda g, f=factor: -0.5 * f * g, grads), rtol=1e-6)
+        assert float(lr(3)) == 0.5
+    with pytest.raises(UserError, match="no update called 'adamv'; nearest: 'adamw'"):
+        updates.build("adamv", learning_rate=0.5, steps=10)
+    with pytest.raises(UserError, match="update 'adamw' has no parameter 'beta1'"):
+        updates.build("adamw", learning_rate=0.5, steps=10, beta1=0.9)
+
+
+def of_task(task):
+    """(objective, params, mask, batch of 8) whose micro-batches hold unequal numbers of targets."""
+    family, name, kernel = {
+        "classification": ("bert", "classification", None),
+        "causal_lm": ("llama", "causal_lm", [("layers/.*/kernel", "lora(rank=2)")]),
+    }[task]
+    model = make_model(family, num_hidden_layers=2)
+    params, batch = make_params(model), make_batch(model, rows=8, length=10)
+    params = kernels.adapt(params, kernel or [], jax.random.key(0))
+    if task == "causal_lm":
+        batch["loss_mask"][:2] = 0  # a micro-batch without any target
+        batch["loss_mask"][4, 3:] = 0
+    else:
+        batch["weight"] = np.asarray([1, 0, 1, 1, 0, 0, 1, 1], np.float32)
+    return make_objective(name, model), params, registry.call("mask", "rules", params, 0), batch
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_accumulated_steps_equal_whole_ones(task):
+    objective, params, mask, batch = of_task(task)
+    trainable, frozen = tree.split(params, mask)
+    tx = optax.sgd(0.1)  # linear in the gradient, so that rounding is not blown up as Adam does
+    start = train.TrainState(jnp.asarray(0), trainable, tx.init(trainable))
+    outcomes = {}
+    for parts in (1, 4):
+        state, metrics = jax.jit(train.make_step(objective, tx, parts, seed=0))(start, frozen, batch)
+        outcomes[parts] = state.trainable, metrics
+        assert int(state.step) == 1
+    whole, metrics = outcomes[1]
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), whole, trainable)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    assert_trees_close(outcomes[4][0], whole, rtol=0, atol=1e-6)
+    assert_trees_close(outcomes[4][1], metrics, rtol=1e-5)
+    assert float(metrics["weight"]) == {"classification": 5, "causal_lm": batch["loss_mask"][:, 1:].sum()}[task]
+
+
+def test_evaluation_is_the_mean_over_units_however_batched():
+    objective, params, mask, batch = of_task("causal_lm")
+    evaluate = train.make_eval(objective)
+    halves = [tree.split(params, mask)]
+    cut = [{k: v[i : i + 2] for k, v in batch.items()} for i in range(0, 8, 2)]
+    one, many, twice = (evaluate(*halves[0], b) for b in ([batch], cut, cut))
+    assert set(one) == {"loss", "accuracy"} and many == twice
+    assert many == pytest.approx(one, rel=1e-5)
+
+
+def test_dropout_follows_the_seed_and_the_step():
+    model = make_model("bert", num_hidden_layers=1)
+    params, batch = make_params(model), make_batch(model, rows=4)
+    objective = make_objective("classification", model, dropout=True)
+    tx, halves = optax.sgd(0.0), tree.split(params, tree.map_with_path(lambda p, _: p == "head/bias", params))
+
+    @functools.cache
+    def step_of(seed):
+        return jax.jit(train.make_step(objective, tx, 1, seed))
+
+    def loss(seed, step):
+        state = train.TrainState(jnp.asarray(step), halves[0], tx.init(halves[0]))
+        return float(step_of(seed)(state, halves[1], batch)[1]["loss"])
+
+    assert loss(0, 3) == loss(0, 3)
+    assert len({loss(0, 3), loss(0, 4), loss(1, 3)}) == 3
+    evaluate = train.make_eval(objective)
+    plain = evaluate(*halves, [batch])["loss"]
+    assert plain == evaluate(*halves, [batch])["loss"] and plain not in (loss(0, 3), loss(0, 4))
