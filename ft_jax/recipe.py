@@ -30,14 +30,15 @@ def build(recipe):
     """
     spec, method, seed = recipe["model"], recipe["method"], recipe["seed"]
     base_key, tap_key, kernel_key = jax.random.split(jax.random.key(seed), 3)
-    model, params = hf.load(
-        spec["path"], head=spec.get("head") or None, num_labels=spec.get("num_labels") or None, rng=base_key,
-        dtype=spec.get("dtype", "float32"), remat=spec.get("remat", "none"),
-    )  # fmt: skip
+    head = {"head": spec.get("head") or None, "num_labels": spec.get("num_labels") or None}
+    model, params = hf.load(spec["path"], **head, rng=base_key, dtype=spec.get("dtype", "float32"),
+                            remat=spec.get("remat", "none"))  # fmt: skip
+    # A head drawn at random differs in the last bit between devices; the base's identity is what was read.
+    drawn = hf.missing_head(spec["path"], **head)
     for path, leaf in tree.flatten(params).items():
         if not bool(jnp.isfinite(leaf).all()):
             raise UserError(f"{spec['path']}: {path} holds NaN or infinity; fetch or save the model again")
-    fingerprint = tree.fingerprint(params)
+    fingerprint = tree.fingerprint({p: x for p, x in tree.flatten(params).items() if p not in drawn})
     check_base(spec["path"], fingerprint, recipe.get("fingerprint", fingerprint))
     params = masks.split_layers(params, method.get("freeze_layers", 0))
     params = taps.attach(model, params, method.get("taps") or (), tap_key)

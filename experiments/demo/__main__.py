@@ -1,6 +1,5 @@
 """``python -m experiments.demo [--model=minilm|smollm2] [--workdir=runs/demo]``: the study, start to report."""
 
-import argparse
 import functools
 import importlib.metadata
 import logging
@@ -14,7 +13,7 @@ import jax
 from experiments.demo import analyse, measure, report, sweep
 from experiments.demo.settings import SETTINGS, setting
 from ft_jax.analysis import report as page
-from ft_jax.errors import cli
+from ft_jax.errors import ArgumentParser, cli
 from ft_jax.io import files, hf
 
 
@@ -64,7 +63,7 @@ def versions():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="demo", description=__doc__)
+    parser = ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--model", default="minilm", help=f"one of {', '.join(SETTINGS)}")
     parser.add_argument("--workdir", type=Path, help="default: runs/demo, for another model runs/demo-MODEL")
     args = parser.parse_args(argv)

@@ -109,6 +109,12 @@ def load(spec, head=None, num_labels=None, rng=None, dtype="float32", remat="non
     return model, tree.nest(params)
 
 
+def missing_head(spec, head=None, num_labels=None):
+    """Paths of the head leaves that a checkpoint lacks: what `load` draws at random."""
+    folder = resolve(spec)
+    return _locate(read_config(folder, head, num_labels), safetensors.Checkpoint(folder))[1]
+
+
 def _locate(config, checkpoint):
     """``({Tensor row: name in the file}, [paths of absent head leaves])``."""
     modern = {}
