@@ -179,7 +179,7 @@ class Best:
 
 
 class Clock:
-    """Steps per second without the first step (which compiles) and without evaluation."""
+    """Steps per second without the first step (which compiles), evaluation and saving."""
 
     def __init__(self):
         self.first, self.seconds, self.steps, self._last, self._start = None, 0.0, 0, None, time.perf_counter()
@@ -285,36 +285,36 @@ def _train(cfg, run, parts, label):
     rows = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = pipeline.prefetch(pipeline.batches(data["train"], cfg["batch_size"], cfg["seed"], **rows), first)
     bar = tqdm(total=cfg["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True)
-
     stopped = 0 < cfg["eval"]["patience"] <= stale  # by patience, then killed before DONE
-    for step in range(first + 1, first if stopped else cfg["steps"] + 1):
-        state, metrics = step_fn(state, frozen, parallel.shard_batch(next(batches), mesh))
-        clock.tick(metrics)
-        finite = finite & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        ends = step == cfg["steps"]
-        if step % cfg["log"]["every"] == 0 or ends:
-            _check_finite(finite, metrics, step, run)
-            run.log(step, {f"train/{k}": v for k, v in metrics.items()} | {"lr": parts["lr"](step - 1)})
-            bar.set_postfix(loss=f"{float(metrics['loss']):.4f}", refresh=False)
-        if ends or (cfg["eval"]["every"] and step % cfg["eval"]["every"] == 0):
-            _check_finite(finite, metrics, step, run)
-            with clock.paused(metrics):
-                held_out = pipeline.eval_batches(data["validation"], cfg["eval"]["batch_size"], **rows)
-                held = evaluate(state.trainable, frozen, (parallel.shard_batch(b, mesh) for b in held_out))
-            _check_finite(math.isfinite(held["loss"]), held, step, run)
-            run.log(step, {f"validation/{k}": v for k, v in held.items()})
-            stale = 0 if best.take(held, step) else stale + 1
-            if stale == 0:
-                run.save("best", step, {"trainable": state.trainable}, {**meta, "validation": held})
-            ends = ends or 0 < cfg["eval"]["patience"] <= stale
-        if ends or step % cfg["save"]["every"] == 0:
-            _check_finite(finite, metrics, step, run)
-            meta = {**meta, "best": [best.value, best.step] if best.step else None, "stale": stale}
-            run.save("checkpoints", step, {"trainable": state.trainable, "opt_state": state.opt_state}, meta)
-        bar.update()
-        if ends:
-            break
-    bar.close()
+    with bar:
+        for step in range(first + 1, first if stopped else cfg["steps"] + 1):
+            state, metrics = step_fn(state, frozen, parallel.shard_batch(next(batches), mesh))
+            clock.tick(metrics)
+            finite = finite & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            ends = step == cfg["steps"]
+            if step % cfg["log"]["every"] == 0 or ends:
+                _check_finite(finite, metrics, step, run)
+                run.log(step, {f"train/{k}": v for k, v in metrics.items()} | {"lr": parts["lr"](step - 1)})
+                bar.set_postfix(loss=f"{float(metrics['loss']):.4f}", refresh=False)
+            if ends or (cfg["eval"]["every"] and step % cfg["eval"]["every"] == 0):
+                _check_finite(finite, metrics, step, run)
+                with clock.paused(metrics):
+                    held_out = pipeline.eval_batches(data["validation"], cfg["eval"]["batch_size"], **rows)
+                    held = evaluate(state.trainable, frozen, (parallel.shard_batch(b, mesh) for b in held_out))
+                    _check_finite(math.isfinite(held["loss"]), held, step, run)
+                    run.log(step, {f"validation/{k}": v for k, v in held.items()})
+                    stale = 0 if best.take(held, step) else stale + 1
+                    if stale == 0:
+                        run.save("best", step, {"trainable": state.trainable}, {**meta, "validation": held})
+                ends = ends or 0 < cfg["eval"]["patience"] <= stale
+            if ends or step % cfg["save"]["every"] == 0:
+                _check_finite(finite, metrics, step, run)
+                meta = {**meta, "best": [best.value, best.step] if best.step else None, "stale": stale}
+                with clock.paused(metrics):
+                    run.save("checkpoints", step, {"trainable": state.trainable, "opt_state": state.opt_state}, meta)
+            bar.update()
+            if ends:
+                break
 
     summary = _summary(run, state, frozen, best, clock)
     run.finish(summary)

@@ -39,7 +39,10 @@ def match(rules, paths, *, what="rule", default=None):
             raise UserError(f"{what} {pattern!r} is not a regular expression: {error}") from None
     for regex, _ in compiled:
         if not any(regex.fullmatch(p) for p in paths):
-            raise UserError(f"{what} {regex.pattern!r} matches no leaf{nearest(regex.pattern, paths)}")
+            groups = {path[: slash.start()] for path in paths for slash in re.finditer("/", path)}
+            hints = [nearest(regex.pattern, options) for options in (paths, groups)]
+            hint = next((h for h in hints if "nearest" in h), hints[0])
+            raise UserError(f"{what} {regex.pattern!r} matches no leaf{hint}")
     out = {}
     for path in paths:
         out[path] = next((value for regex, value in compiled if regex.fullmatch(path)), default)

@@ -23,6 +23,8 @@ def parse(argv):
     known = tree.flatten({**train.DEFAULTS, "data": pipeline.DEFAULTS}, is_leaf=lambda x: not isinstance(x, dict))
     keys = [path.replace("/", ".") for path in known]
     for arg in argv[1:]:
+        if arg.startswith("--config=") and not (file := Path(arg.removeprefix("--config=").partition(":")[0])).is_file():
+            raise UserError(f"no config file {str(file)!r}{nearest(file, sorted(map(str, file.parent.glob('*.py'))))}")
         found = re.match(r"--config\.([\w.]+)", arg)
         if found and found.group(1) not in keys and not re.match(r"(optimizer\.hp|data\.splits)\.", found.group(1)):
             raise UserError(f"unknown config key {found.group(1)!r}{nearest(found.group(1), keys)}")
@@ -30,14 +32,12 @@ def parse(argv):
         return flags.FLAGS(argv)
     except (flags.Error, KeyError, AttributeError, ValueError, TypeError) as error:
         raise UserError(one_line(error)) from None
-    except OSError as error:
-        raise UserError(f"cannot read the config file: {one_line(error)}") from None
 
 
 def main(argv):
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.FATAL)  # orbax logs every error that it also raises
     for flag in (_CONFIG, _WORKDIR):
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing")

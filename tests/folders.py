@@ -1,10 +1,14 @@
 """Tiny Hugging Face model folders with a real tokenizer, and data files that such a model learns in seconds."""
 
 import json
+import multiprocessing
 import os
 import pathlib
+import re
+import runpy
 import subprocess
 import sys
+from typing import NamedTuple
 
 import tokenizers
 from tokenizers import models as token_models
@@ -85,8 +89,55 @@ def alphabets(rng, count, length=4):
     return rows
 
 
-def run_script(name, *args, **options):
-    """``python scripts/<name> args`` in a process of its own; stdout and stderr as text."""
-    env = {**os.environ, "PYTHONWARNINGS": "ignore"} | options.pop("env", {})
+class Finished(NamedTuple):
+    """Exit status and what a script said; ``errors`` are the lines of stderr that begin with ``error:``."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self):
+        return [line for line in re.split(r"[\r\n]+", self.stderr) if line.startswith("error:")]
+
+
+def run_script(name, *args, env=(), limit=None):
+    """``python scripts/<name> args`` in a fresh process; ``limit`` is the largest file it may write, in bytes."""
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, **options)
+    if limit:
+        command = ["bash", "-c", f'ulimit -f {limit // 1024} && exec "$@"', "bash", *command]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(env), capture_output=True, text=True, timeout=180)
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+class Scripts:
+    """Runs scripts in processes forked from one that has already imported everything: seconds less for each."""
+
+    def __init__(self, home):
+        self.home, self.context = pathlib.Path(home), multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["ft_jax.train", "absl.app", "ml_collections.config_flags"])
+        self.count = 0
+
+    def __call__(self, name, *args):
+        self.count += 1
+        texts = [self.home / f"{self.count}.{stream}" for stream in ("out", "err")]
+        process = self.context.Process(target=_script, args=(str(ROOT / "scripts" / name), [str(a) for a in args],
+                                                             [str(t) for t in texts], dict(os.environ)))  # fmt: skip
+        process.start()
+        process.join(180)
+        assert process.exitcode is not None, f"{name} {args} did not end"
+        return Finished(process.exitcode, *(t.read_text() for t in texts))
+
+
+def _script(path, args, texts, env):
+    for fd, text in zip((1, 2), texts, strict=True):
+        os.dup2(os.open(text, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv = [path, *args]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        sys.stdout.flush()

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from tensorboardX.summary import scalar
 
 from ft_jax import recipe as recipes
 from ft_jax import tree
-from ft_jax.errors import UserError
+from ft_jax.errors import UserError, disk_full
 from ft_jax.io import files
+
+OVERHEAD = 300_000  # bytes that a checkpoint of the smallest tree takes: metadata, indices, a block for each file
 
 
 def first_difference(old, new, prefix="config"):
@@ -46,10 +50,10 @@ class Run:
 
     @functools.cached_property
     def _managers(self):
+        # Not in the background: what fails there is told late, by tracebacks from other threads.
+        options = {"create": True, "step_prefix": None, "enable_async_checkpointing": False}
         return {
-            name: ocp.CheckpointManager(
-                self.path / name, options=ocp.CheckpointManagerOptions(max_to_keep=n, create=True, step_prefix=None)
-            )
+            name: ocp.CheckpointManager(self.path / name, options=ocp.CheckpointManagerOptions(max_to_keep=n, **options))
             for name, n in (("checkpoints", self._keep), ("best", 1))
         }
 
@@ -82,8 +86,6 @@ class Run:
         return json.loads(done.read_text()) if done.exists() else None
 
     def finish(self, summary):
-        for manager in self._managers.values():
-            manager.wait_until_finished()
         files.write_json(self.path / "DONE", summary)
 
     def close(self):
@@ -127,7 +129,17 @@ class Run:
         if step in manager.all_steps():
             return
         trees = {item: ocp.args.StandardSave(tree.flatten(value)) for item, value in items.items()}
+        self._reserve(sum(x.nbytes for x in jax.tree.leaves(items)))
         manager.save(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonSave(json.loads(json.dumps(meta)))))
+
+    def _reserve(self, num_bytes):
+        """Takes the space of a checkpoint and gives it back: a full disk or a limit is met here, not halfway through."""
+        try:
+            with tempfile.TemporaryFile(dir=self.path) as file:
+                os.posix_fallocate(file.fileno(), 0, int(1.1 * num_bytes) + OVERHEAD)
+        except OSError as error:
+            if disk_full(error):  # else: a file system that cannot tell
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def latest(self, name):
         return self._managers[name].latest_step()
