@@ -39,7 +39,7 @@ def test_paths_reach_into_kernels_unless_they_are_leaves():
         ([("layers/.*", 1)], [None, 1, 1]),
         ([(".*/kernel", 1), (".*", 2)], [1, 2, 1]),
         ([("head/.*", 0), (".*/kernel", 1)], [0, None, 1]),  # the first match decides
-        ([("attn|layers/attn/q/bias", 1)], [None, 1, None]),  # a part of a path is no match
+        ([("layers|layers/attn/q/bias", 1)], [None, 1, None]),  # a part of a path is no match
     ],
 )
 def test_first_full_match_decides(rules, expected):
