@@ -140,11 +140,11 @@ def compute(args, settings, model, folder, base, tuned, note):
         return got["accuracy"] if objective == "classification" else -got["loss"]
 
     mask, history = learn(args, objective, model, base, tuned, data, score)
-    chance = graft.random_mask(base, args.sparsity, np.random.default_rng(args.seed))
+    count, share = graft.mask_size(mask)
+    chance = graft.random_mask(base, share, np.random.default_rng(args.seed))  # as large as the learnt one came out
     measured = {"base": base, "tuned": tuned, "grafted": graft.apply_graft(base, tuned, mask),
                 "random": graft.apply_graft(base, tuned, chance)}  # fmt: skip
     reference = found(tuned)
-    count, share = graft.mask_size(mask)
     return {
         "objective": objective, "sparsity": args.sparsity, "sparsity_reached": share, "parameters": count,
         "eligible_parameters": sum(m.size for m in mask.values()), **note,
