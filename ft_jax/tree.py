@@ -79,7 +79,7 @@ def nest(flat):
 
 
 def fingerprint(tree, sample=65536):
-    """SHA-256 over paths, shapes and up to ``sample`` evenly spaced float32 values a leaf: a base model's identity."""
+    """SHA-256 over paths, shapes and at least ``sample`` evenly spaced float32 values a leaf: a base model's identity."""
     digest = hashlib.sha256()
     for path, leaf in sorted(flatten(tree).items()):
         flat = leaf.reshape(-1)

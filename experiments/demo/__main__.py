@@ -73,6 +73,8 @@ def main(argv=None):
     files.make_folder(workdir)
     summary = study(s, workdir)
     page.write(workdir / "report.html", report.build(summary))
+    with files.replacing(workdir / "intruders.png") as temporary:
+        report.sweep_figure(summary).savefig(temporary, format="png", dpi=160, facecolor="white")
     print(f"{workdir}/report.html and {workdir}/summary.json are ready")
 
 

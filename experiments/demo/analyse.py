@@ -137,10 +137,11 @@ def grafts(s, model, base, full, data):
 
     for sparsity in g["sparsities"]:
         point("magnitude", sparsity, graft.magnitude_mask(base, full, sparsity))
+    for sparsity in g["random"]:
         point("random", sparsity, graft.random_mask(base, sparsity, rng))
 
     def score(params):
-        return measure.scores(measure.predictions(model, params, data["validation"], s, "graft: score"))["accuracy"]
+        return measure.scores(measure.predictions(model, params, data["validation"], s))["accuracy"]
 
     for sparsity in g["learned"]:
         mask, history = graft.learn_mask(

@@ -32,12 +32,12 @@ def _predictor(model, objective):
     return jax.jit(predict)
 
 
-def predictions(model, params, data, s, label):
+def predictions(model, params, data, s, label=None):
     """Flat arrays over the examples (classification) or target tokens (causal LM) of a dataset."""
     predict = _predictor(model, s.objective)
     parts = [
         jax.tree.map(np.asarray, predict(params, b))
-        for b in tqdm(pipeline.eval_batches(data, s.eval_batch), desc=label, unit="batch", leave=False)
+        for b in tqdm(pipeline.eval_batches(data, s.eval_batch), desc=label, unit="batch", leave=False, disable=label is None)
     ]
     flat = {key: np.concatenate([p[key].reshape(-1) for p in parts]) for key in parts[0]}
     keep = flat.pop("weight") > 0

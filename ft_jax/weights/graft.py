@@ -120,7 +120,9 @@ def learn_mask(base, tuned, loss, batches, score, *, sparsity, steps=10, learnin
                eligible=ELIGIBLE, label="graft"):  # fmt: skip
     """Learns the graft from the magnitude mask b: γ = b + (1 − 2b) σ(S − 10), S ~ U[0,1], plain gradient steps on S.
 
-    A step is S ← S − lr · (1 − 2b) · mean(∂L/∂θ ⊙ Δθ) · σ(1 − σ), the gradient taken at the soft mask.
+    A step is S ← S − lr · (1 − 2b) · mean(∂L/∂θ ⊙ Δθ) · σ(1 − σ), the gradient taken at the soft mask. S has to
+    travel about 10 for a parameter to change sides: where ∂L/∂θ ⊙ Δθ is smaller than after the paper's SGD runs, the
+    paper's learning rate of 1e7 leaves the magnitude mask as it is (``history`` shows it) and a larger one is needed.
 
     Args:
       loss: ``(params, micro_batch) -> mean loss``, in evaluation mode.

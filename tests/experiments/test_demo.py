@@ -22,7 +22,7 @@ def tiny(tmp_path, objective):
     books = {"source": files["b"], "splits": {"test": files["b"]}, "max_length": 16, "append_eos": False}
     common = {"steps": 80, "batch_size": 8, "lr_scale": 150.0, "eval_batch": 16, "test_limit": 40, "splits": ("validation", "test"),
               "line": "a tiny model", "subtitle": "tiny", "ranks": (1, 2, 4)}  # fmt: skip
-    graft = {"sparsities": (1e-2, 1e-1), "learned": (1e-2,), "steps": 2, "examples": 16, "micro": 8, "learning_rate": 1e7}
+    graft = {"sparsities": (1e-2, 1e-1), "random": (1e-1,), "learned": (1e-2,), "steps": 2, "examples": 16, "micro": 8, "learning_rate": 1e7}
     words = {"metric": "accuracy", "unit": "rows", "test_name": "held-out rows"}
     if encoder:
         return settings.Setting(
