@@ -132,7 +132,7 @@ class Scripts:
 def _script(path, args, texts, env):
     for fd, text in zip((1, 2), texts, strict=True):
         os.dup2(os.open(text, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)
