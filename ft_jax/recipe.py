@@ -47,4 +47,7 @@ def build(recipe):
     mask = registry.call("mask", method.get("mask", "rules"), params, 0, **hp)
     if not any(jax.tree.leaves(mask)):
         raise UserError(f"nothing trains: the rules {method.get('trainable')} leave every leaf frozen")
+    if drawn and not any(trains for p, trains in tree.flatten(mask).items() if p in drawn):
+        raise UserError(f"{spec['path']!r} has no weights for {', '.join(drawn)}, and the rules {method.get('trainable')} keep "
+                        "them frozen as they were drawn at random; let them train, or take a base that has them")
     return model, params, mask, fingerprint

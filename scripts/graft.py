@@ -161,6 +161,8 @@ def _print(report):
     for name in ("base", "tuned", "grafted", "random"):
         s = report[name]
         print(f"{name:8} {s['accuracy']:9.4f} {s['loss']:8.4f} {s['ece']:7.4f} {s['agreement']:7.4f}")
+    if len({(row["parameters"], row["score"]) for row in report["history"]}) == 1:
+        print("the learning steps changed nothing: this is the magnitude mask; try a --learning-rate of 1e9 to 1e11")
 
 
 @errors.cli

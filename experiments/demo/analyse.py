@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from experiments.demo import measure
 from ft_jax import kernels, registry, tree
-from ft_jax.analysis import spectral
+from ft_jax.analysis import predictions, spectral
 from ft_jax.data import pipeline
 from ft_jax.io import files
 from ft_jax.io.runs import load_run
@@ -44,7 +44,7 @@ def all_scores(s, model, folder, trees, data):
     """{name: {test: scores, ood: scores, choice: accuracy}} of the base and every run."""
     out = {}
     for name, params in trees.items():
-        out[name] = {part: measure.scores(measure.predictions(model, params, data[part], s, f"{name}: {part}"))
+        out[name] = {part: predictions.scores(measure.predict(model, params, data[part], s, f"{name}: {part}"))
                      for part in ("test", "ood") if part in data}  # fmt: skip
     if s.choice:
         for name, found in measure.choices(model, trees, folder, s.choice).items():
@@ -118,20 +118,20 @@ def grafts(s, model, base, full, data):
     kept_out = {}
 
     def found(params, label):
-        return measure.predictions(model, params, data["test"], s, label)
+        return measure.predict(model, params, data["test"], s, label)
 
     kept_out["base"], kept_out["tuned"] = found(base, "graft: base"), found(full, "graft: tuned")
-    low, high = (measure.scores(kept_out[n]) for n in ("base", "tuned"))
+    low, high = (predictions.scores(kept_out[n]) for n in ("base", "tuned"))
     gain = high["accuracy"] - low["accuracy"]
     g, rng, points = s.graft, np.random.default_rng(s.seed), []
 
     def point(mask_name, sparsity, mask, history=None):
         got = found(graft.apply_graft(base, full, mask), f"graft: {mask_name} {sparsity:g}")
-        scores, (count, share) = measure.scores(got), graft.mask_size(mask)
+        scores, (count, share) = predictions.scores(got), graft.mask_size(mask)
         points.append({
             "mask": mask_name, "sparsity": sparsity, "share": share, "parameters": count, "scores": scores,
             "kept": (scores["accuracy"] - low["accuracy"]) / gain if gain else None,
-            "agreement": float((got["prediction"] == kept_out["tuned"]["prediction"]).mean()), "history": history,
+            "agreement": predictions.scores(got, kept_out["tuned"])["agreement"], "history": history,
             "where": _where(mask),
         })  # fmt: skip
 
@@ -141,7 +141,7 @@ def grafts(s, model, base, full, data):
         point("random", sparsity, graft.random_mask(base, sparsity, rng))
 
     def score(params):
-        return measure.scores(measure.predictions(model, params, data["validation"], s))["accuracy"]
+        return predictions.scores(measure.predict(model, params, data["validation"], s))["accuracy"]
 
     for sparsity in g["learned"]:
         mask, history = graft.learn_mask(

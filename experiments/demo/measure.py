@@ -2,56 +2,24 @@
 
 import functools
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from tqdm.auto import tqdm
 
-from ft_jax.analysis import calibration, forgetting
+from ft_jax.analysis import forgetting, predictions
 from ft_jax.data import pipeline, sources
 from ft_jax.io import hf, tokenizer
 from ft_jax.objectives import inputs_of
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def _predictor(model, objective):
-    """jit of ``(params, batch) -> {confidence, prediction, correct, nll, weight}`` per example or target token."""
-
-    def predict(params, batch):
-        logits = jax.nn.log_softmax(model.apply(params, inputs_of(batch)).astype(jnp.float32))
-        if objective == "classification":
-            labels, weight = batch["label"], batch["weight"]
-        else:
-            logits, labels = logits[:, :-1], batch["input_ids"][:, 1:]
-            weight = batch["loss_mask"][:, 1:] * batch["weight"][:, None]
-        prediction = logits.argmax(-1)
-        nll = -jnp.take_along_axis(logits, labels[..., None], -1)[..., 0]
-        return {"confidence": jnp.exp(logits.max(-1)), "prediction": prediction, "correct": prediction == labels,
-                "nll": nll, "weight": weight}  # fmt: skip
-
-    return jax.jit(predict)
+    return predictions.predictor(lambda params, batch: model.apply(params, inputs_of(batch)), objective)
 
 
-def predictions(model, params, data, s, label=None):
-    """Flat arrays over the examples (classification) or target tokens (causal LM) of a dataset."""
-    predict = _predictor(model, s.objective)
-    parts = [
-        jax.tree.map(np.asarray, predict(params, b))
-        for b in tqdm(pipeline.eval_batches(data, s.eval_batch), desc=label, unit="batch", leave=False, disable=label is None)
-    ]
-    flat = {key: np.concatenate([p[key].reshape(-1) for p in parts]) for key in parts[0]}
-    keep = flat.pop("weight") > 0
-    return {key: value[keep] for key, value in flat.items()}
-
-
-def scores(found):
-    """Accuracy, NLL and calibration error of ``predictions``."""
-    return {
-        "accuracy": float(found["correct"].mean()),
-        "nll": float(found["nll"].mean()),
-        "ece": float(calibration.expected_calibration_error(found["confidence"], found["correct"])),
-        "count": int(found["correct"].size),
-    }
+def predict(model, params, data, s, label=None):
+    """Answers over the examples (classification) or target tokens (causal LM) of a dataset; see `predictions`."""
+    batches = pipeline.eval_batches(data, s.eval_batch)
+    bar = tqdm(batches, desc=label, unit="batch", leave=False, disable=label is None)
+    return _predictor(model, s.objective)(params, bar)
 
 
 def datasets(s, base_folder, vocab_size):

@@ -26,7 +26,7 @@ def fine_tuning(summary):
         rows.append({"run": LABELS[name], "lr": run["learning_rate"], "params": run["trainable_parameters"],
                      "rate": run["steps_per_second"], **flat(summary["scores"][name])})  # fmt: skip
     columns = [("run", "run"), ("lr", "learning rate", ".1e"), ("params", "trained"), ("accuracy", task["metric"], ".1%"),
-               ("ood", "other domain", ".1%"), ("nll", "NLL (nats)", ".3f"), ("ece", "ECE", ".1%"),
+               ("ood", "other domain", ".1%"), ("loss", "loss (nats)", ".3f"), ("ece", "ECE", ".1%"),
                ("rate", "steps/s", ".2f")]  # fmt: skip
     if not any("ood" in row for row in rows):
         columns = [c for c in columns if c[0] != "ood"]

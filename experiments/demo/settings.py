@@ -47,7 +47,7 @@ SETTINGS = {
         model="minilm", objective="classification",
         data={"source": "imdb", "max_length": 64, "num_labels": 2, "limit": 2400, "eval_limit": 200},
         ood={"source": "rotten_tomatoes", "max_length": 48, "num_labels": 2, "eval_limit": 400}, choice=None,
-        splits=("validation", "test"), steps=150, batch_size=16, lr_scale=6.0, eval_batch=50, test_limit=500,
+        splits=("validation", "test"), steps=100, batch_size=16, lr_scale=8.0, eval_batch=50, test_limit=500,
         forgetting={"source": "imdb", "texts": 256, "batch": 64, "words": 64, "max_length": 48},
         graft={"sparsities": (1e-4, 1e-3, 1e-2, 1e-1), "random": (1e-2, 1e-1), "learned": (1e-3, 1e-2), "steps": 4,
                "examples": 128, "micro": 32, "learning_rate": 3e10},

@@ -49,7 +49,7 @@ def test_encoder_study(tmp_path, monkeypatch):
     assert summary["scores"]["full"]["test"]["accuracy"] > 0.8
 
     html = report.build(summary)
-    for shown in (f"{summary['scores']['full']['test']['nll']:.3f}", f"{summary['forgetting']['scores']['base']['loss']:.3f}"):
+    for shown in (f"{summary['scores']['full']['test']['loss']:.3f}", f"{summary['forgetting']['scores']['base']['loss']:.3f}"):
         assert shown in html
     assert "http" not in html.replace("http://www.w3.org", "")
     assert json.loads((work / "summary.json").read_text()) == summary
@@ -69,7 +69,7 @@ def test_decoder_study_up_to_the_questions(tmp_path):
     data = demo.measure.datasets(s, folder, model.config.vocab_size)
     trees = {"base": base, **{n: demo.analyse.tuned(tmp_path, n) for n in runs}}
     scores = demo.analyse.all_scores(s, model, folder, trees, data)
-    assert scores["full"]["test"]["nll"] < scores["base"]["test"]["nll"] - 0.5
+    assert scores["full"]["test"]["loss"] < scores["base"]["test"]["loss"] - 0.5
     novels = demo.measure.books(model, trees, s, folder)
     assert novels["full"]["loss"] != novels["base"]["loss"]
     graft = demo.analyse.grafts(s, model, base, trees["full"], data)
