@@ -74,7 +74,7 @@ def intruders(summary):
                  f"{summary['steps']} steps no update is large enough to reach the top {summary['k']} singular values.")  # fmt: skip
     second = (f"The change itself differs more than its size: the effective rank of ΔW is {full['effective_rank']:.0f} for full "
               "fine-tuning and " + ", ".join(f"{v['effective_rank']:.1f} for {LABELS[n]}" for n, v in lora.items()) + ".")  # fmt: skip
-    sweep = page.figure(sweep_figure(summary), f"Intruder dimensions by threshold, summed over {full['matrices']} matrices; one seed.")
+    sweep = page.figure(sweep_figure(summary), f"Intruder dimensions by threshold, summed over {full['matrices']} matrices; one seed. Runs without any lie on one line.")
     return ("Intruder dimensions", [f"{first} {second}", page.table(rows, columns), sweep, why(summary), per_matrix(summary)])
 
 
@@ -133,7 +133,7 @@ def per_matrix(summary):
 def similarity(summary):
     chosen = summary["similarity"]
     names, size = list(chosen["maps"]), len(next(iter(chosen["maps"].values())))
-    fig, axes = page.new_figure(6.8, 2.2, 1, len(names), sharey=True, squeeze=False)
+    fig, axes = page.new_figure(6.8, 2.2, 1, len(names), squeeze=False)
     ticks = [str(i + 1) if i % 5 == 0 else "" for i in range(size)]
     for ax, name in zip(axes[0], names, strict=True):
         page.heatmap(ax, np.array(chosen["maps"][name]), x=ticks, y=ticks, label="|cosine|" if name == names[-1] else "", vmax=1.0)
@@ -141,11 +141,11 @@ def similarity(summary):
         ax.set_xlabel("tuned direction")
         ax.set_aspect("equal")
     axes[0][0].set_ylabel("base direction")
-    where = f"{KINDS[chosen['path']]} of layer {chosen['layer']}"
+    where = f"{KINDS[chosen['path']]} matrix of layer {chosen['layer']}"
     diagonal = {n: float(np.diag(np.array(m))[: summary["k"]].mean()) for n, m in chosen["maps"].items()}
     low = min(diagonal, key=diagonal.get)
     said = (f"In the {where}, the matrix with the lowest cosine of all, a bright diagonal means that a top direction of the base model is "
-            f"still there and in its place; a dark column is a direction that came from nowhere. The mean of the first {summary['k']} "
+            f"still there and in its place; an empty column is a direction that came from nowhere and moves the later ones down by a place. The mean of the first {summary['k']} "
             f"diagonal entries is {diagonal['full']:.2f} for full fine-tuning and lowest, {diagonal[low]:.2f}, for {LABELS[low]}.")  # fmt: skip
     return ("Singular vectors before and after", [said, page.figure(fig, f"|U₀ᵀU| of the top {size} left singular vectors, {where}.")])
 
@@ -153,10 +153,10 @@ def similarity(summary):
 def graft(summary):
     g = summary["graft"]
     base, tuned = g["base"]["accuracy"], g["tuned"]["accuracy"]
-    rows = [{"mask": "none: base model", "share": 0.0, "count": 0, **g["base"]}]
-    rows += [{"mask": p["mask"], "share": p["share"], "count": p["parameters"], **p["scores"], "kept": p["kept"],
+    rows = [{**g["base"], "mask": "none: base model", "share": 0.0, "count": 0}]
+    rows += [{**p["scores"], "mask": p["mask"], "share": p["share"], "count": p["parameters"], "kept": p["kept"],
               "agree": p["agreement"]} for p in g["points"]]  # fmt: skip
-    rows.append({"mask": "all: fine-tuned model", "share": 1.0, "count": g["eligible"], **g["tuned"], "kept": 1.0, "agree": 1.0})
+    rows.append({**g["tuned"], "mask": "all: fine-tuned model", "share": 1.0, "count": g["eligible"], "kept": 1.0, "agree": 1.0})
     columns = [("mask", "grafted parameters"), ("share", "share", ".2%"), ("count", "count"), ("accuracy", "accuracy", ".1%"),
                ("kept", "gain kept", ".0%"), ("agree", "agreement", ".1%"), ("ece", "ECE", ".1%")]  # fmt: skip
     fig, ax = page.new_figure(5.6, 2.9)
