@@ -93,11 +93,9 @@ def sweep_figure(summary):
 def why(summary):
     if summary["lr_scale"] == 1:
         return "Learning rates are the paper's own."
-    said = (f"Learning rates are the paper's (full 1e-5, LoRA α · lr = 2.4e-3) times {summary['lr_scale']:g} for every run, because "
+    return (f"Learning rates are the paper's (full 1e-5, LoRA α · lr = 2.4e-3) times {summary['lr_scale']:g} for every run, because "
             f"{summary['steps']} steps replace its tens of thousands: Adam moves a weight by about the learning rate a step, so the "
             "distance travelled is what carries over, and the ratio between the runs stays the paper's.")  # fmt: skip
-    check = summary.get("paper_rates")
-    return said + (f" {check}" if check else "")
 
 
 def grid_of(summary, name, key):
