@@ -16,7 +16,7 @@ from ft_jax.io.safetensors import READABLE, Checkpoint
 
 # Embeddings and heads: what maps ids to vectors and vectors to answers is no part of the published count.
 EXCLUDE = (r"(^|\.)((\w+_)?embeddings?|embed_\w+|wte|wpe|shared|relative_attention_bias|pooler|cls|classifier|"
-           r"pre_classifier|classification_head|lm_head|score|qa_outputs|heads?|vocab_\w+|\w+_predictions)(\.|$)")
+           r"pre_classifier|prototype|classification_head|lm_head|score|qa_outputs|heads?|vocab_\w+|\w+_predictions)(\.|$)")
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # these store matrices [in, out]
 _REOPEN = 64 << 20  # bytes read through a memory map before it is dropped, pages and all
 
