@@ -47,7 +47,8 @@ def study(s, workdir):
         "model_line": s.line, "subtitle": s.subtitle, "steps": s.steps, "batch_size": s.batch_size, "ranks": list(s.ranks),
         "lr_scale": s.lr_scale, "k": analyse.K, "eps": analyse.EPS, "task": analyse.task(s, scores, data),
         "runs": {n: {"learning_rate": s.runs[n][1], **r} for n, r in runs.items()},
-        "scores": scores, "spectra": spectra, "similarity": maps, "graft": grafted, "forgetting": forgot, "made": made,
+        "scores": scores, "spectra": spectra, "similarity": maps, "graft": grafted,
+        "forgetting": {**forgot, "why": analyse.WHY[s.objective]}, "made": made,
     }  # fmt: skip
     files.write_json(workdir / "summary.json", summary)
     return summary

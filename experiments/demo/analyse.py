@@ -170,11 +170,13 @@ WHY = {
     "classification": (
         "This sentence encoder has no masked-LM head, so its own pre-training objective is measured: it was trained by contrast to "
         "recognise which texts belong together, and here each half of a held-out review has to find its other half among 64. The loss "
-        "is InfoNCE at scale 20 on the pooled embeddings, without the task's head."
+        "is InfoNCE at scale 20 on the pooled embeddings, without the task's head. The texts are film reviews too, the only ones the demo "
+        "fetches: what a run gains in that domain counts against what it forgets."
     ),
     "causal_lm": (
         "A language model was pre-trained to predict text, so forgetting is the perplexity on passages of novels (LAMBADA's, never trained "
-        "on here), and accuracy on ARC-Challenge questions, each choice scored by its log-probability per character."
+        "on here), and accuracy on ARC-Challenge questions, each choice scored by its log-probability per character. A model of this size "
+        "is near the 25 % of guessing on ARC, and 80 questions have a standard error of 5 points: it is the perplexity that tells the runs apart."
     ),
 }
 MEASURES = {
@@ -190,10 +192,10 @@ MEASURES = {
 
 
 def forgotten(s, model, folder, trees):
-    """Forgetting of every tree against the base, by the measure that fits the model; ``why`` says which and why."""
+    """Forgetting of every tree against the base, by the measure that fits the model (``WHY``)."""
     if s.objective == "classification":
         scores = measure.contrastive(model, trees, s, folder)
     else:
         arc = measure.choices(model, trees, folder, s.forgetting["choice"])
         scores = {n: {**x, "arc": arc[n]["accuracy_norm"]} for n, x in measure.books(model, trees, s, folder).items()}
-    return {"why": WHY[s.objective], "measures": MEASURES[s.objective], "scores": scores}
+    return {"measures": MEASURES[s.objective], "scores": scores}

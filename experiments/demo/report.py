@@ -194,7 +194,7 @@ def forgetting(summary):
     change = {n: row[main["key"]] - f["scores"]["base"][main["key"]] for n, row in f["scores"].items() if n != "base"}
     worst, least = max(change, key=change.get), min(change, key=change.get)
     said = (f"{LABELS[worst]} forgets most: its {main['label']} rises by {change[worst]:.3f} over the base model's "
-            f"{f['scores']['base'][main['key']]:.3f}. {LABELS[least]} changes it least ({change[least]:+.3f}).")  # fmt: skip
+            f"{f['scores']['base'][main['key']]:.3f}. {LABELS[least]} forgets least ({change[least]:+.3f}; below zero is better than the base).")  # fmt: skip
     fig, ax = page.new_figure(5.6, 2.4)
     names = list(change)
     counts = [summary["spectra"][n]["total"]["intruders"] for n in names]
@@ -210,7 +210,7 @@ def build(summary):
     """The page as HTML."""
     made = summary["made"]
     opening = (f"{summary['model_line']} was fine-tuned four times from the same weights, with the same seed, data order and "
-               f"{summary['steps']} steps of {summary['batch_size']}: in full, and with LoRA of rank "
+               f"{summary['steps']} steps of {summary['batch_size']} {summary['task'].get('batch', 'examples')}: in full, and with LoRA of rank "
                f"{', '.join(str(r) for r in summary['ranks'])} on every linear layer (α = 2r). Then the weights were opened.")  # fmt: skip
     closing = (f"Command: {made['command']}. Seed {made['seed']}, one run each: differences between single runs are not averaged over seeds. "
                f"{made['machine']}. Versions: {made['versions']}. Peak memory {made['peak_memory_gib']:.2f} GiB, compute {made['compute_seconds']:.0f} s.")  # fmt: skip

@@ -53,7 +53,7 @@ SETTINGS = {
                "examples": 96, "micro": 32, "learning_rate": 3e10},
         line="all-MiniLM-L6-v2 (22.7 M parameters)",
         subtitle="MiniLM on film reviews: full fine-tuning and LoRA from the same start",
-        words={"metric": "accuracy", "unit": "reviews", "test_name": "held-out IMDB reviews (64 tokens each)",
+        words={"metric": "accuracy", "unit": "reviews", "batch": "reviews", "test_name": "held-out IMDB reviews (64 tokens each)",
                "ood_name": "400 Rotten Tomatoes snippets"},
     ),
     "smollm2": Setting(
@@ -67,7 +67,7 @@ SETTINGS = {
                "examples": 16, "micro": 4, "learning_rate": 1e11},
         line="SmolLM2-135M-Instruct (134.5 M parameters, weights that carry 4-bit rounding)",
         subtitle="SmolLM2 on WinoGrande as text: full fine-tuning and LoRA from the same start",
-        words={"metric": "next-token accuracy", "unit": "tokens", "test_name": "held-out WinoGrande sentences"},
+        words={"metric": "next-token accuracy", "unit": "tokens", "batch": "packed rows of 128 tokens", "test_name": "held-out WinoGrande sentences"},
     ),
 }  # fmt: skip
 
