@@ -5,7 +5,6 @@ import importlib.metadata
 import logging
 import os
 import platform
-import resource
 from pathlib import Path
 
 import jax
@@ -40,7 +39,7 @@ def study(s, workdir):
     forgot = part("forgetting", lambda: analyse.forgotten(s, model, folder, trees))
     made = {
         "command": f"bash scripts/demo.sh --model={s.model}", "seed": s.seed, "machine": machine(), "versions": versions(),
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "training_memory_gib": max(run["peak_memory_bytes"] for run in runs.values()) / 2**30,
         "seconds": clock, "compute_seconds": sum(clock.values()),
     }  # fmt: skip
     summary = {

@@ -213,7 +213,7 @@ def build(summary):
                f"{summary['steps']} steps of {summary['batch_size']} {summary['task'].get('batch', 'examples')}: in full, and with LoRA of rank "
                f"{', '.join(str(r) for r in summary['ranks'])} on every linear layer (α = 2r). Then the weights were opened.")  # fmt: skip
     closing = (f"Command: {made['command']}. Seed {made['seed']}, one run each: differences between single runs are not averaged over seeds. "
-               f"{made['machine']}. Versions: {made['versions']}. Peak memory {made['peak_memory_gib']:.2f} GiB, compute {made['compute_seconds']:.0f} s.")  # fmt: skip
+               f"{made['machine']}. Versions: {made['versions']}. Peak memory while training {made['training_memory_gib']:.2f} GiB, compute {made['compute_seconds']:.0f} s.")  # fmt: skip
     sections = [(None, [opening]), fine_tuning(summary), intruders(summary), similarity(summary), graft(summary), forgetting(summary),
                 ("How this was made", [closing])]  # fmt: skip
     return page.page("What fine-tuning did to the weights", sections, subtitle=summary["subtitle"])
