@@ -194,7 +194,7 @@ def forgetting(summary):
     change = {n: row[main["key"]] - f["scores"]["base"][main["key"]] for n, row in f["scores"].items() if n != "base"}
     worst, least = max(change, key=change.get), min(change, key=change.get)
     said = (f"{LABELS[worst]} forgets most: its {main['label']} rises by {change[worst]:.3f} over the base model's "
-            f"{f['scores']['base'][main['key']]:.3f}. {LABELS[least]} forgets least ({change[least]:+.3f}; below zero is better than the base).")  # fmt: skip
+            f"{f['scores']['base'][main['key']]:.3f}. {LABELS[least][0].upper() + LABELS[least][1:]} forgets least ({change[least]:+.3f}; below zero is better than the base).")  # fmt: skip
     fig, ax = page.new_figure(5.6, 2.4)
     names = list(change)
     counts = [summary["spectra"][n]["total"]["intruders"] for n in names]
