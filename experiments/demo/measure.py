@@ -28,7 +28,7 @@ def datasets(s, base_folder, vocab_size):
     WinoGrande has no public test half: there masks are selected on a part of train, and validation is reported on.
     """
     tok = tokenizer.load(hf.resolve(base_folder))
-    specs = {"train": (s.data, "train"), "validation": ({**s.data, "limit": s.data["eval_limit"]}, s.splits[0]),
+    specs = {"train": (s.data, "train"), "validation": ({**s.data, "limit": s.data.get("eval_limit", 0)}, s.splits[0]),
              "test": ({**s.data, "eval_limit": s.test_limit}, s.splits[1]), "ood": (s.ood, "test")}  # fmt: skip
     return {k: pipeline.build(cfg, split, tok, s.objective, vocab_size) for k, (cfg, split) in specs.items() if cfg}
 
