@@ -1,14 +1,10 @@
 """``python -m experiments.demo [--model=minilm|smollm2] [--workdir=runs/demo]``: the study, start to report."""
 
 import functools
-import importlib.metadata
-import logging
-import os
-import platform
 from pathlib import Path
 
-import jax
-
+from experiments import measure as shared
+from experiments import study as house
 from experiments.demo import analyse, measure, report, sweep
 from experiments.demo.settings import SETTINGS, setting
 from ft_jax.analysis import report as page
@@ -24,7 +20,7 @@ def study(s, workdir):
         return files.read_json(workdir / "summary.json")
     model, base = hf.load(folder)
     data = measure.datasets(s, folder, model.config.vocab_size)
-    tuned = {name: analyse.tuned(workdir, name) for name in runs}
+    tuned = {name: shared.tuned(workdir / "runs" / name) for name in runs}
     trees = {"base": base, **tuned}
     clock = {f"train {name}": run["seconds"] for name, run in runs.items()}
 
@@ -38,7 +34,7 @@ def study(s, workdir):
     grafted = part("graft", lambda: analyse.grafts(s, model, base, tuned["full"], data))
     forgot = part("forgetting", lambda: analyse.forgotten(s, model, folder, trees))
     made = {
-        "command": f"bash scripts/demo.sh --model={s.model}", "seed": s.seed, "machine": machine(), "versions": versions(),
+        "command": f"bash scripts/demo.sh --model={s.model}", "seed": s.seed, "machine": house.machine(), "versions": house.versions(),
         "training_memory_gib": max(run["peak_memory_bytes"] for run in runs.values()) / 2**30,
         "seconds": clock, "compute_seconds": sum(clock.values()),
     }  # fmt: skip
@@ -53,21 +49,12 @@ def study(s, workdir):
     return summary
 
 
-def machine():
-    device = jax.devices()[0]
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})" if device.platform == "cpu" else f"{jax.device_count()} × {device.device_kind}"
-
-
-def versions():
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "optax", "numpy"))
-
-
 def main(argv=None):
     parser = ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--model", default="minilm", help=f"one of {', '.join(SETTINGS)}")
     parser.add_argument("--workdir", type=Path, help="default: runs/demo, for another model runs/demo-MODEL")
     args = parser.parse_args(argv)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    house.quiet()
     s = setting(args.model)
     workdir = args.workdir or Path("runs/demo" if args.model == "minilm" else f"runs/demo-{args.model}")
     files.make_folder(workdir)

@@ -3,17 +3,14 @@
 import json
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
 from experiments.demo import measure
-from ft_jax import kernels, registry, tree
+from ft_jax import registry, tree
 from ft_jax.analysis import predictions, spectral
 from ft_jax.data import pipeline
 from ft_jax.io import files
-from ft_jax.io.runs import load_run
 from ft_jax.weights import graft
 
 K, EPS = 10, 0.5
@@ -31,13 +28,6 @@ def once(path, make, clock):
     held = json.loads(path.read_text())
     clock[path.stem] = held["seconds"]
     return held["value"]
-
-
-def tuned(workdir, name):
-    """Dense float32 parameters of a finished run, at its last step: every run had the same budget."""
-    _, params, _ = load_run(workdir / "runs" / name, which="last")
-    # Placed like the base's: a jitted function that has seen one tree is not compiled again for the next.
-    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), kernels.merge(params))
 
 
 def all_scores(s, model, folder, trees, data):

@@ -1,25 +1,13 @@
-"""What a tree of dense weights can still do: task, other domain, calibration, forgetting."""
+"""What the demo's models can still do: task, other domain, calibration, forgetting."""
 
-import functools
-
-from tqdm.auto import tqdm
-
-from ft_jax.analysis import forgetting, predictions
+from experiments import measure
+from ft_jax.analysis import forgetting
 from ft_jax.data import pipeline, sources
 from ft_jax.io import hf, tokenizer
-from ft_jax.objectives import inputs_of
-
-
-@functools.lru_cache(maxsize=4)
-def _predictor(model, objective):
-    return predictions.predictor(lambda params, batch: model.apply(params, inputs_of(batch)), objective)
 
 
 def predict(model, params, data, s, label=None):
-    """Answers over the examples (classification) or target tokens (causal LM) of a dataset; see `predictions`."""
-    batches = pipeline.eval_batches(data, s.eval_batch)
-    bar = tqdm(batches, desc=label, unit="batch", leave=False, disable=label is None)
-    return _predictor(model, s.objective)(params, bar)
+    return measure.predict(model, params, data, s.objective, s.eval_batch, label)
 
 
 def datasets(s, base_folder, vocab_size):
@@ -35,16 +23,11 @@ def datasets(s, base_folder, vocab_size):
 
 def contrastive(model, trees, s, base_folder):
     """{name: contrastive loss and retrieval accuracy} of the pooled embeddings, over the halves of held-out texts."""
-    tok, spec = tokenizer.load(hf.resolve(base_folder)), s.forgetting
+    spec = s.forgetting
     source = sources.load(spec["source"], "validation")
     texts = [" ".join(source[i]["text"].split()[: spec["words"]]) for i in range(spec["texts"])]
-
-    def encode(texts):
-        return tok.encode_batch(texts, max_length=spec["max_length"])
-
-    batches = forgetting.pair_batches(texts, encode, batch_size=spec["batch"], length=spec["max_length"], pad_id=tok.pad_id)
-    embed = model.with_head("pooled").apply
-    return {name: forgetting.contrastive_loss(embed, p, batches, label=f"forgetting: {name}") for name, p in trees.items()}
+    batches = measure.halves(base_folder, texts, batch_size=spec["batch"], length=spec["max_length"])
+    return {name: measure.contrastive(model, p, batches, f"forgetting: {name}") for name, p in trees.items()}
 
 
 def books(model, trees, s, base_folder):
@@ -57,16 +40,7 @@ def books(model, trees, s, base_folder):
 
 def choices(model, trees, base_folder, spec):
     """{name: multiple-choice accuracy}, every choice after its prompt scored by its log-probability (also per character)."""
-    tok = tokenizer.load(hf.resolve(base_folder))
-    source = sources.load(spec["source"], spec["split"])
-    asked = []
-    for i in range(min(spec["limit"], len(source))):
-        row = source[i]
-        prompt = tok.encode_batch([row["prompt"]])[0]
-        ends = tok.encode_batch(row["completions"], add_special_tokens=False)
-        room = spec["length"] - max(len(end) for end in ends)  # a long prompt loses its left end, the same for every choice
-        asked.append({"choices": [(prompt[-room:] + end, len(prompt[-room:])) for end in ends],
-                      "lengths": [len(c) for c in row["completions"]], "label": row["gold"]})  # fmt: skip
-    batches = forgetting.choice_batches(asked, batch_size=spec["batch"], length=spec["length"])
+    batches = measure.questions(base_folder, spec["source"], spec["split"], limit=spec["limit"], batch_size=spec["batch"],
+                                length=spec["length"])  # fmt: skip
     return {name: forgetting.multiple_choice_accuracy(model.apply, p, batches, label=f"{spec['source']}: {name}")
             for name, p in trees.items()}  # fmt: skip

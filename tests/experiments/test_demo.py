@@ -67,7 +67,7 @@ def test_decoder_study_up_to_the_questions(tmp_path):
     runs = demo.sweep.run_all(s, folder, tmp_path)
     model, base = demo.hf.load(folder)
     data = demo.measure.datasets(s, folder, model.config.vocab_size)
-    trees = {"base": base, **{n: demo.analyse.tuned(tmp_path, n) for n in runs}}
+    trees = {"base": base, **{n: demo.shared.tuned(tmp_path / "runs" / n) for n in runs}}
     scores = demo.analyse.all_scores(s, model, folder, trees, data)
     assert scores["full"]["test"]["loss"] < scores["base"]["test"]["loss"] - 0.5
     novels = demo.measure.books(model, trees, s, folder)
