@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from experiments import study as shared
+from experiments.demo.settings import SETTINGS, default_workdir
 from ft_jax.errors import UserError, cli, nearest
 
 
@@ -25,7 +26,7 @@ def load(name):
 
 def listing():
     """Lines: each study, its question, and for each scale how many parts are done, failed, to do."""
-    lines = []
+    lines = _demo()
     for study in map(load, names()):
         lines.append(f"{study.name}: {study.question}")
         for scale in study.scales:
@@ -37,6 +38,16 @@ def listing():
             if (Path(__file__).parent / study.name / "results" / scale / "summary.json").exists():
                 said.append(f"results in experiments/{study.name}/results/{scale}")
             lines.append(f"  {scale:<6} {'; '.join(said)}")
+    return lines
+
+
+def _demo():
+    """The demo has a command of its own and keeps its parts in a folder of its own."""
+    lines = ["demo: what do full fine-tuning and LoRA each do to the weights? (bash scripts/demo.sh --model=NAME)"]
+    for model in SETTINGS:
+        parts = len(list(default_workdir(model).glob("parts/*.json")))
+        said = "done" if (default_workdir(model) / "summary.json").exists() else f"{parts} parts done"
+        lines.append(f"  {model:<8} {said}; results in experiments/demo/results/{model}")
     return lines
 
 

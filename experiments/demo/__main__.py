@@ -6,7 +6,7 @@ from pathlib import Path
 from experiments import measure as shared
 from experiments import study as house
 from experiments.demo import analyse, measure, report, sweep
-from experiments.demo.settings import SETTINGS, setting
+from experiments.demo.settings import SETTINGS, default_workdir, setting
 from ft_jax.analysis import report as page
 from ft_jax.errors import ArgumentParser, cli
 from ft_jax.io import files, hf
@@ -56,7 +56,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     house.quiet()
     s = setting(args.model)
-    workdir = args.workdir or Path("runs/demo" if args.model == "minilm" else f"runs/demo-{args.model}")
+    workdir = args.workdir or default_workdir(args.model)
     files.make_folder(workdir)
     summary = study(s, workdir)
     page.write(workdir / "report.html", report.build(summary))

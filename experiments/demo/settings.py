@@ -1,6 +1,7 @@
 """What the demo runs, as data: one row a model."""
 
 import dataclasses
+from pathlib import Path
 
 from ft_jax.errors import UserError, nearest
 
@@ -76,3 +77,7 @@ def setting(name):
     if name not in SETTINGS:
         raise UserError(f"the demo has no setting for model {name!r}{nearest(name, SETTINGS)}")
     return SETTINGS[name]
+
+
+def default_workdir(model):
+    return Path("runs/demo" if model == "minilm" else f"runs/demo-{model}")

@@ -21,6 +21,7 @@ PALETTE = ("#3f7fbf", "#d07a2d", "#3d9970", "#b5568c", "#8c8577", "#7a6bc4")  # 
 HEAT = LinearSegmentedColormap.from_list("heat", [(0.25, 0.5, 0.75, 0.05), (0.25, 0.5, 0.75, 1.0)], N=64)
 STYLE = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "ft_jax",  # the same figure is the same bytes
     "font.family": "serif",
     "font.size": 9,
     "axes.titlesize": 9.5,
