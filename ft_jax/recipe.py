@@ -1,11 +1,24 @@
 """From a recipe (base, head, method, seed) to a model, its parameters and what of them trains."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from ft_jax import kernels, masks, registry, taps, tree
 from ft_jax.errors import UserError
 from ft_jax.io import hf
+from ft_jax.models import Model
+
+
+class Base(NamedTuple):
+    """A base model as it was read: params, the paths of head leaves that were drawn, the fingerprint of the rest."""
+
+    model: Model
+    params: dict
+    drawn: tuple[str, ...]
+    fingerprint: str
 
 
 def of_config(cfg):
@@ -20,29 +33,53 @@ def check_base(path, found, expected):
                         f"(fingerprint {found[:12]}, expected {expected[:12]})")
 
 
-def build(recipe):
-    """Loads the base and applies the method.
-
-    Returns:
-      (model, params, trainable mask, fingerprint of the base before anything was attached).
-    Raises:
-      UserError when the recipe carries a ``fingerprint`` and the base found is another one.
-    """
-    spec, method, seed = recipe["model"], recipe["method"], recipe["seed"]
-    base_key, tap_key, kernel_key = jax.random.split(jax.random.key(seed), 3)
+def load(spec, rng):
+    """The `Base` that the ``model`` group of a config names; ``rng`` draws the head leaves that its checkpoint lacks."""
     head = {"head": spec.get("head") or None, "num_labels": spec.get("num_labels") or None}
-    model, params = hf.load(spec["path"], **head, rng=base_key, dtype=spec.get("dtype", "float32"),
+    model, params = hf.load(spec["path"], **head, rng=rng, dtype=spec.get("dtype", "float32"),
                             remat=spec.get("remat", "none"))  # fmt: skip
     # A head drawn at random differs in the last bit between devices; the base's identity is what was read.
-    drawn = hf.missing_head(spec["path"], **head)
+    drawn = tuple(hf.missing_head(spec["path"], **head))
     for path, leaf in tree.flatten(params).items():
         if not bool(jnp.isfinite(leaf).all()):
             raise UserError(f"{spec['path']}: {path} holds NaN or infinity; fetch or save the model again")
     fingerprint = tree.fingerprint({p: x for p, x in tree.flatten(params).items() if p not in drawn})
-    check_base(spec["path"], fingerprint, recipe.get("fingerprint", fingerprint))
-    params = masks.split_layers(params, method.get("freeze_layers", 0))
-    params = taps.attach(model, params, method.get("taps") or (), tap_key)
-    params = kernels.adapt(params, method.get("kernels") or (), kernel_key)
+    return Base(model, params, drawn, fingerprint)
+
+
+@functools.lru_cache(maxsize=4)
+def _draw(model, paths):
+    return jax.jit(lambda rng: {p: x for p, x in tree.flatten(model.init(rng)).items() if p in paths})
+
+
+def build(recipe, base=None, dry=False):
+    """Loads the base, or takes one that was loaded with any rng, and applies the method.
+
+    Returns:
+      (model, params, trainable mask, fingerprint of the base before anything was attached);
+      with ``dry`` the params are shapes alone, and nothing is computed.
+    Raises:
+      UserError when the recipe carries a ``fingerprint`` and the base found is another one.
+    """
+    spec, method = recipe["model"], recipe["method"]
+    base_key, *keys = jax.random.split(jax.random.key(recipe["seed"]), 3)
+    if base is None:
+        base = load(spec, base_key)
+    elif base.drawn and not dry:
+        fresh = _draw(base.model, base.drawn)(base_key)
+        base = base._replace(params=tree.nest(tree.flatten(base.params) | fresh))
+    check_base(spec["path"], base.fingerprint, recipe.get("fingerprint", base.fingerprint))
+
+    def attach(params):
+        params = masks.split_layers(params, method.get("freeze_layers", 0))
+        params = taps.attach(base.model, params, method.get("taps") or (), keys[0])
+        return kernels.adapt(params, method.get("kernels") or (), keys[1])
+
+    params = jax.eval_shape(attach, base.params) if dry else attach(base.params)
+    return base.model, params, _mask(params, spec, method, base.drawn), base.fingerprint
+
+
+def _mask(params, spec, method, drawn):
     hp = {"trainable": method["trainable"]} if method.get("trainable") else {}
     mask = registry.call("mask", method.get("mask", "rules"), params, 0, **hp)
     if not any(jax.tree.leaves(mask)):
@@ -50,4 +87,4 @@ def build(recipe):
     if drawn and not any(trains for p, trains in tree.flatten(mask).items() if p in drawn):
         raise UserError(f"{spec['path']!r} has no weights for {', '.join(drawn)}, and the rules {method.get('trainable')} keep "
                         "them frozen as they were drawn at random; let them train, or take a base that has them")
-    return model, params, mask, fingerprint
+    return mask

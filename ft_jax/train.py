@@ -207,18 +207,35 @@ class Clock:
         return time.perf_counter() - self._start
 
 
-def prepare(cfg):
-    """Everything that can fail before compute: model, method, data, mesh. Returns a dict of the parts."""
+def open_run(cfg, workdir, spare=0):
+    """``(completed config, Run)``, keeping ``spare`` checkpoints more than asked; nothing is loaded or written yet."""
+    cfg = complete(cfg)
+    if cfg["objective"] == "classification" and not cfg["model"]["num_labels"]:
+        cfg["model"]["num_labels"] = cfg["data"]["num_labels"]
+    return cfg, Run(workdir, cfg, keep=cfg["save"]["keep"] + spare, tensorboard=cfg["log"]["tensorboard"])
+
+
+def optimizer(cfg, learning_rate):
+    """``(optax transformation, schedule)`` of a config with another peak ``learning_rate``, which may be traced."""
+    opt = cfg["optimizer"]
+    return updates.build(opt["name"], learning_rate=learning_rate, steps=cfg["steps"], schedule_name=opt["schedule"],
+                         warmup=opt["warmup"], clip=opt["clip"], **opt["hp"])  # fmt: skip
+
+
+def prepare(cfg, base=None, dry=False):
+    """Everything that can fail before compute: model, method, data, mesh. Returns a dict of the parts.
+
+    base: a `recipe.Base` that is loaded already. dry: the params are shapes alone.
+    """
     mesh = parallel.make_mesh(**cfg["mesh"])
     if cfg["batch_size"] % cfg["accumulate"]:
         raise UserError(f"batch_size {cfg['batch_size']} is not a multiple of accumulate {cfg['accumulate']}")
     parallel.check_batch(cfg["batch_size"] // cfg["accumulate"], mesh)
     parallel.check_batch(cfg["eval"]["batch_size"], mesh)
-    opt = cfg["optimizer"]
-    tx, lr = updates.build(opt["name"], learning_rate=opt["learning_rate"], steps=cfg["steps"],
-                           schedule_name=opt["schedule"], warmup=opt["warmup"], clip=opt["clip"], **opt["hp"])  # fmt: skip
+    tx, lr = optimizer(cfg, cfg["optimizer"]["learning_rate"])
     tok = tokenizer.load(hf.resolve(cfg["model"]["path"]))
-    model, params, mask, fingerprint = recipe.build(recipe.of_config(cfg))
+    model, params, mask, fingerprint = recipe.build(recipe.of_config(cfg), base, dry)
+    jax.eval_shape(tx.init, tree.split(params, mask)[0])  # an update that this method does not suit says so
     objective = make_objective(cfg, model, tok)
     limit = model.config.max_positions - (model.config.family == "roberta") * (1 + model.config.pad_token_id)
     if (length := pipeline.settings(cfg["data"])["max_length"]) > limit:
@@ -241,10 +258,7 @@ def train(cfg, workdir, *, label="train"):
     Returns the summary that DONE holds: steps, best step and metric, last validation, steps/s, sizes.
     Raises UserError before compute for whatever can be known by then, and at the first loss that is not finite.
     """
-    cfg = complete(cfg)
-    if cfg["objective"] == "classification" and not cfg["model"]["num_labels"]:
-        cfg["model"]["num_labels"] = cfg["data"]["num_labels"]
-    run = Run(workdir, cfg, keep=cfg["save"]["keep"], tensorboard=cfg["log"]["tensorboard"])
+    cfg, run = open_run(cfg, workdir)
     if run.summary:
         return run.summary
     parts = prepare(cfg)
@@ -316,26 +330,30 @@ def _train(cfg, run, parts, label):
             if ends:
                 break
 
-    summary = _summary(run, state, frozen, best, clock)
+    summary = summarise(run, state, frozen, best, clock)
     run.finish(summary)
     return summary
 
 
 def _check_finite(finite, metrics, step, run):
     if not bool(finite):
-        loss, saved = float(metrics["loss"]), run.latest("checkpoints")
-        kept = f"the checkpoint of step {saved} is intact" if saved else "nothing was saved"
-        raise UserError(
-            f"the loss or its gradient stopped being finite by step {step} (loss {loss}) in {run.path}; {kept}. "
-            "Lower optimizer.learning_rate, set optimizer.clip, or use model.dtype=float32"
-        )
+        raise UserError(divergence(step, metrics["loss"], run))
+
+
+def divergence(step, loss, run):
+    """What to say of a run whose loss or gradient was not finite by ``step``."""
+    saved = run.latest("checkpoints")
+    kept = f"the checkpoint of step {saved} is intact" if saved else "nothing was saved"
+    return (f"the loss or its gradient stopped being finite by step {step} (loss {float(loss)}) in {run.path}; {kept}. "
+            "Lower optimizer.learning_rate, set optimizer.clip, or use model.dtype=float32")
 
 
 def _bytes(values):
     return sum(x.nbytes for x in jax.tree.leaves(values))
 
 
-def _summary(run, state, frozen, best, clock):
+def summarise(run, state, frozen, best, clock):
+    """What DONE holds; ``frozen`` may be shapes."""
     rows = [row for row in run.metrics() if any(k.startswith("validation/") for k in row)]
     trains = tree.count(state.trainable)
     return {
