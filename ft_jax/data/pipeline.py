@@ -6,7 +6,7 @@ import pathlib
 import grain
 import numpy as np
 
-from ft_jax.data import examples, files, packing, sources, tokenise
+from ft_jax.data import examples, files, packing, sources, tasks, tokenise
 from ft_jax.errors import UserError, nearest
 from ft_jax.io import assets
 
@@ -27,6 +27,8 @@ DEFAULTS = {
     "max_length": 128,
     "limit": 0,  # examples of the train split, a fixed random subset; 0 is all
     "eval_limit": 0,  # the same for the other splits
+    "shots": 0,  # K examples of each class for train and K more for validation; 0 is all, or what the limits say
+    "shots_seed": 100,  # which ones; the papers draw with 100, 13, 21, 42, 87
     "packing": False,
 }
 
@@ -48,12 +50,16 @@ def settings(cfg):
         if type(value) is not kind:
             raise UserError(f"data setting {key} must be {kind.__name__}, not {value!r}")
         out[key] = value
-    for key, least in (("max_length", 2), ("limit", 0), ("eval_limit", 0), ("num_labels", 0)):
+    for key, least in (("max_length", 2), ("limit", 0), ("eval_limit", 0), ("num_labels", 0), ("shots", 0), ("shots_seed", 0)):
         if out[key] < least:
             raise UserError(f"data setting {key} must be at least {least}, not {out[key]}")
     for role in out["splits"]:
         if role not in sources.SPLITS:
             raise UserError(f"data setting splits: unknown split {role!r}{nearest(role, sources.SPLITS)}")
+    if out["shots"] and out["limit"]:
+        raise UserError(f"data settings shots {out['shots']} and limit {out['limit']} both choose the training examples: leave one out")
+    if out["shots"] and not out["num_labels"]:
+        raise UserError(f"data setting shots {out['shots']} counts examples of each class: set num_labels")
     if out["prompt_field"] and not out["completion_field"]:
         raise UserError("data setting prompt_field needs completion_field: what is to be learnt after the prompt")
     if out["completion_field"] and not out["prompt_field"] and not out["template"]:
@@ -234,13 +240,19 @@ def build(cfg, split, tokenizer, objective, vocab_size, cache_dir=None):
             raise UserError(f"data setting {name} is for {owner}, not for {objective}")
     encode = OBJECTIVES[objective](tokenizer, c)
     source = source_of(c, split)
-    limit = c["limit" if split == "train" else "eval_limit"]
+    drawn = _draw(c, split, source)
+    limit = 0 if drawn else c["limit" if split == "train" else "eval_limit"]
     folder = pathlib.Path(cache_dir) if cache_dir else assets.cache_dir() / "tokens"
     decides = ("text_field", "pair_field", "template", "prompt_field", "completion_field", "append_eos", "label_field",
                "label_names", "num_labels", "max_length")
     key = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "objective": objective, "limit": limit,
-           **{name: c[name] for name in decides}}
-    arrays, info = tokenise.cached(folder, key, lambda: tokenise.tokenise(source, subset(len(source), limit), encode))
+           **drawn, **{name: c[name] for name in decides}}
+
+    def make():
+        chosen = few(source, c, **drawn) if drawn else subset(len(source), limit)
+        return tokenise.tokenise(source, chosen, encode)
+
+    arrays, info = tokenise.cached(folder, key, make)
     tokenise.check_vocabulary(source, info, vocab_size)
     length = min(c["max_length"], -(-info["longest"] // 8) * 8)
     if c["packing"]:
@@ -251,6 +263,34 @@ def build(cfg, split, tokenizer, objective, vocab_size, cache_dir=None):
         info = info | filled
     return Dataset(source.name, objective, length, arrays, info, tokenizer.pad_id,
                    tuple(tokenizer.special_ids), bool(c["pair_field"]), c["packing"])
+
+
+def _draw(c, split, source):
+    """What decides which shots a split gets, ``{}`` where it gets none: part of the key of its tokens."""
+    if not c["shots"] or split not in ("train", "validation"):
+        return {}
+    # Where validation is drawn from the training examples, it gets the K after those of train.
+    same = split == "validation" and source.fingerprint == source_of(c, "train").fingerprint
+    return {"shots": c["shots"], "shots_seed": c["shots_seed"], "skip": c["shots"] if same else 0}
+
+
+def few(source, c, shots, shots_seed, skip=0):
+    """Indices, in order, of ``shots`` rows of each class drawn by the seed, after the ``skip`` that are drawn first.
+
+    UserError for a class that has fewer.
+    """
+    labels = [examples.label_of(source[i], c["label_field"], c["num_labels"], c["label_names"], source.where(i))
+              for i in range(len(source))]  # fmt: skip
+    rng, chosen = np.random.RandomState(shots_seed), []
+    for label in range(c["num_labels"]):
+        rows = rng.permutation(np.flatnonzero(np.asarray(labels) == label))
+        if len(rows) < skip + shots:
+            names = c["label_names"] or (tasks.TASKS[c["source"]].labels if c["source"] in tasks.TASKS else ())
+            name = f" ({names[label]})" if label < len(names) else ""
+            beside = f" beside the {skip} that train takes" if skip else ""
+            raise UserError(f"{source.name}: class {label}{name} has {len(rows)} examples, too few for shots {shots}{beside}")
+        chosen.append(rows[skip : skip + shots])
+    return np.sort(np.concatenate(chosen))
 
 
 def subset(count, limit):

