@@ -1,8 +1,12 @@
 """Optimisers and schedules: ``update`` methods ``(**hp) -> optax.GradientTransformation``, and how a config picks one."""
 
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
 import optax
 
-from ft_jax import registry
+from ft_jax import registry, tree
 from ft_jax.errors import UserError, nearest
 from ft_jax.registry import register
 
@@ -17,6 +21,52 @@ SCHEDULES = {
 def adamw(*, learning_rate=1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
     """AdamW: decoupled weight decay."""
     return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+
+
+class PullState(NamedTuple):
+    """The weights that a pull leads back to."""
+
+    start: optax.Params
+
+
+def _pull(l1):
+    """Adds ``l1 · sign(θ − θ_0)`` to the gradient; θ_0 are the weights at init."""
+
+    def init(params):
+        return PullState(jax.tree.map(jnp.copy, params))  # a step donates the weights, and must not donate these twice
+
+    def update(grads, state, params):
+        return jax.tree.map(lambda g, x, x0: g + l1 * jnp.sign(x - x0), grads, params, state.start), state
+
+    return optax.GradientTransformation(init, update)
+
+
+@register("update", "adamw_l1", paper="arXiv:2302.06600")
+def adamw_l1(*, learning_rate=1e-3, l1=1e-3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
+    """AdamW with an L1 pull to the starting weights θ_0: gradient + l1 · sign(θ − θ_0), added after clipping."""
+    return optax.chain(_pull(l1), adamw(learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
+
+
+@register("update", "lora_plus", paper="arXiv:2402.12354")
+def lora_plus(*, learning_rate=1e-3, ratio=16.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
+    """LoRA+: AdamW whose learning rate is ``ratio`` times larger for the factors B (paths that end in ``/b``).
+
+    Raises UserError where no such factor trains: it would be plain AdamW.
+    """
+
+    def faster(moves, params):
+        del params
+        return tree.map_with_path(lambda path, x: ratio * x if path.endswith("/b") else x, moves)
+
+    def init(params):
+        if not any(path.endswith("/b") for path in tree.flatten(params)):
+            raise UserError("update 'lora_plus' is for low-rank kernels, and none trains here; nearest: 'adamw'")
+        return tx.init(params)
+
+    tx = optax.chain(
+        adamw(learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay), optax.stateless(faster)
+    )
+    return optax.GradientTransformation(init, tx.update)
 
 
 @register("update", "sgd", paper="Robbins & Monro 1951")

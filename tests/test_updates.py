@@ -14,8 +14,8 @@ from ft_jax.errors import UserError
 from tests.helpers import assert_trees_close, make_batch, make_model, make_objective, make_params
 
 UPDATES = [m.name for m in registry.methods("update")]
-START = {"a": jnp.linspace(-1, 1, 6).reshape(2, 3), "frozen": None, "b": {"c": jnp.asarray([2.0, -3.0])}}
-CURVES = {"a": jnp.linspace(0.5, 4, 6).reshape(2, 3), "frozen": None, "b": {"c": jnp.asarray([1.0, 0.2])}}
+START = {"a": jnp.linspace(-1, 1, 6).reshape(2, 3), "frozen": None, "w": {"b": jnp.asarray([2.0, -3.0])}}
+CURVES = {"a": jnp.linspace(0.5, 4, 6).reshape(2, 3), "frozen": None, "w": {"b": jnp.asarray([1.0, 0.2])}}
 
 
 def quadratic(params):
@@ -69,6 +69,60 @@ def test_the_first_move_is_the_closed_form(name):
     tx = registry.call("update", name, learning_rate=0.1, **hp)
     moves, _ = tx.update(jnp.asarray(GRAD), tx.init(jnp.asarray(PARAM)), jnp.asarray(PARAM))
     np.testing.assert_allclose(moves, expected, rtol=1e-5)
+
+
+LOW_RANK = {"w": {"kernel": {"a": jnp.asarray([1.0, -0.5, 2.0]), "b": jnp.asarray([1.0, -0.5, 2.0])}}}
+
+
+def test_lora_plus_is_adamw_with_a_faster_b():
+    """A moves as AdamW moves it, B ``ratio`` times as far, decay included; without any B it is refused."""
+    hp = {"learning_rate": 0.1, "weight_decay": 0.1}
+    one = registry.call("update", "adamw", **hp)
+    grads = jax.tree.map(lambda _: jnp.asarray(GRAD), LOW_RANK)
+    plain, _ = one.update(grads, one.init(LOW_RANK), LOW_RANK)
+    for ratio in (1.0, 16.0):
+        tx = registry.call("update", "lora_plus", **hp, ratio=ratio)
+        moves, _ = tx.update(grads, tx.init(LOW_RANK), LOW_RANK)
+        np.testing.assert_array_equal(moves["w"]["kernel"]["a"], plain["w"]["kernel"]["a"])
+        np.testing.assert_allclose(moves["w"]["kernel"]["b"], ratio * plain["w"]["kernel"]["b"], rtol=1e-6)
+    with pytest.raises(UserError, match="'lora_plus' is for low-rank kernels"):
+        registry.call("update", "lora_plus").init({"w": {"kernel": jnp.ones(3)}})
+
+
+def test_the_pull_leads_back_to_the_start():
+    """No task gradient: weights that were moved away return to θ_0, those on it stay; l1 = 0 is AdamW."""
+    tx = registry.call("update", "adamw_l1", learning_rate=1e-2, l1=0.5)
+    start = jnp.asarray([1.0, -0.5, 2.0])
+    state, zero = tx.init(start), jnp.zeros(3)
+    away = start + jnp.asarray([0.3, -0.2, 0.0])
+    step = jax.jit(lambda x, s: tx.update(zero, s, x))
+    for _ in range(60):
+        moves, state = step(away, state)
+        away = optax.apply_updates(away, moves)
+    np.testing.assert_allclose(away, start, rtol=0, atol=3e-2)
+    assert away[2] == start[2]
+    free, plain = registry.call("update", "adamw_l1", l1=0.0), registry.call("update", "adamw")
+    for update in (free, plain):
+        moves, _ = update.update(jnp.asarray(GRAD), update.init(start), start)
+        np.testing.assert_allclose(moves, -1e-3 * np.sign(GRAD), rtol=1e-4)
+
+
+def test_the_pull_matches_a_torch_loop():
+    """Ten steps of torch's AdamW on the loss plus l1 · ‖θ − θ_0‖₁ (gradient sign(0) = 0 in both)."""
+    import torch
+
+    hp = {"l1": 0.3, "weight_decay": 0.1, "b1": 0.8, "b2": 0.95}
+    _, ours = run(registry.call("update", "adamw_l1", learning_rate=3e-2, **hp), 10)
+    theta = [torch.tensor(np.asarray(x)).requires_grad_() for x in jax.tree.leaves(START)]
+    start, curves = [x.detach().clone() for x in theta], [torch.tensor(np.asarray(d)) for d in jax.tree.leaves(CURVES)]
+    theirs = torch.optim.AdamW(theta, lr=3e-2, betas=(0.8, 0.95), weight_decay=0.1)
+    for _ in range(10):
+        theirs.zero_grad()
+        loss = sum((d * x**2).sum() for d, x in zip(curves, theta)) / 2
+        (loss + hp["l1"] * sum((x - x0).abs().sum() for x, x0 in zip(theta, start))).backward()
+        theirs.step()
+    for x, y in zip(jax.tree.leaves(ours), theta, strict=True):
+        np.testing.assert_allclose(x, y.detach().numpy(), rtol=0, atol=1e-6)
 
 
 SHAPES = {

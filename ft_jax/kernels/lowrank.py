@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ft_jax.errors import UserError
-from ft_jax.kernels.base import Kernel, dense, dot
+from ft_jax.kernels.base import Kernel, dense, dot, is_kernel
 from ft_jax.registry import register
 
 
@@ -29,10 +29,22 @@ class LowRank(Kernel):
         return dense(self.base) + self.scale[..., None, None] * low
 
 
-def _low_rank(w, rng, rank, scale_of):
+@struct.dataclass
+class LowRankB(LowRank):
+    """W + scale · A B with W and A frozen."""
+
+    trainable = ("b",)
+
+
+def _sizes(w, rank):
     *stack, d_in, d_out = w.shape
     if not 1 <= rank <= min(d_in, d_out):
         raise UserError(f"rank {rank} does not fit a {d_in}x{d_out} matrix; largest: {min(d_in, d_out)}")
+    return stack, d_in, d_out
+
+
+def _low_rank(w, rng, rank, scale_of):
+    stack, d_in, d_out = _sizes(w, rank)
     bound = d_in**-0.5  # Kaiming-uniform with a = sqrt(5), what PEFT and the reference code start from
     a = jax.random.uniform(rng, (*stack, d_in, rank), jnp.float32, -bound, bound)
     b = jnp.zeros((*stack, rank, d_out), jnp.float32)
@@ -49,3 +61,32 @@ def lora(w, rng, *, rank=8, alpha=16.0):
 def rslora(w, rng, *, rank=8, alpha=16.0):
     """Rank-stabilised LoRA: W + (alpha / sqrt(rank)) · A B."""
     return _low_rank(w, rng, rank, lambda r: alpha / r**0.5)
+
+
+@register("kernel", "lora_b", paper="arXiv:2410.21228")
+def lora_b(w, rng, *, rank=8, alpha=16.0):
+    """LoRA with A frozen at random orthonormal columns (AᵀA = I) and B alone trained: W + (alpha / rank) · A B, B = 0."""
+    stack, d_in, d_out = _sizes(w, rank)
+    a, r = jnp.linalg.qr(jax.random.normal(rng, (*stack, d_in, rank), jnp.float32))
+    # QR leaves the signs to the library; a run is rebuilt on other machines, so R's diagonal is made positive.
+    a = a * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+    return LowRankB(w, a, jnp.zeros((*stack, rank, d_out), jnp.float32), jnp.full(stack, alpha / rank, jnp.float32))
+
+
+@register("kernel", "pissa", paper="arXiv:2404.02948")
+def pissa(w, rng, *, rank=8, alpha=16.0):
+    """PiSSA: W = U S Vᵀ; s A B = its top ``rank`` part, A = U √(S/s), B = √(S/s) Vᵀ, s = alpha / rank; the residual frozen.
+
+    The singular values are shared by A and B after division by the scale s, as PEFT does; exact SVD in float32.
+    Raises UserError around another kernel: the frozen residual has to be a matrix.
+    """
+    del rng
+    if is_kernel(w):
+        raise UserError(f"pissa takes a plain matrix apart and cannot stand around a {type(w).__name__} kernel")
+    stack, _, _ = _sizes(w, rank)
+    scale = alpha / rank
+    u, sizes, v = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
+    root = jnp.sqrt(sizes[..., :rank] / scale)
+    a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+    residual = w - scale * jnp.einsum("...ir,...ro->...io", a, b, precision="highest")
+    return LowRank(residual.astype(w.dtype), a, b, jnp.full(stack, scale, jnp.float32))

@@ -1,5 +1,7 @@
 """What every kernel promises; a new one is held to it by being registered."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,8 @@ from ft_jax.errors import UserError
 from tests.helpers import assert_trees_close, step_flops
 
 KERNELS = [m.name for m in registry.methods("kernel")]
-NESTED = [(a, b) for a in KERNELS for b in KERNELS]
+MOVE_THE_BASE = {"pissa"}  # take a plain matrix apart: W is the sum of their parts up to rounding
+NESTED = [(a, b) for a in KERNELS for b in KERNELS if b not in MOVE_THE_BASE]
 D_IN, D_OUT, LAYERS = 24, 16, 3
 LOW_RANK = {"lora": lambda alpha, rank: alpha / rank, "rslora": lambda alpha, rank: alpha / rank**0.5}
 
@@ -48,8 +51,15 @@ def test_identity_at_the_start(names, stack):
     kernel, w = params["w"]["kernel"], matrix(*stack, D_IN, D_OUT)
     assert kernels.is_kernel(kernel)
     assert (kernel.shape, kernel.dtype) == (w.shape, w.dtype)
-    np.testing.assert_array_equal(kernel.dense(), w)
-    np.testing.assert_array_equal(kernels.merge(params)["w"]["kernel"], w)
+    tolerance = {"rtol": 0, "atol": 5e-6 if MOVE_THE_BASE & set(names) else 0}
+    np.testing.assert_allclose(kernel.dense(), w, **tolerance)
+    np.testing.assert_allclose(kernels.merge(params)["w"]["kernel"], w, **tolerance)
+
+
+@pytest.mark.parametrize("names", [(a, b) for a in KERNELS for b in MOVE_THE_BASE], ids="+".join)
+def test_what_moves_the_base_takes_a_plain_matrix(names):
+    with pytest.raises(UserError, match=f"w/kernel: {names[1]} takes a plain matrix.*a LowRank"):
+        adapted(*names)
 
 
 @pytest.mark.parametrize("names", [(n,) for n in KERNELS] + NESTED, ids="+".join)
@@ -82,7 +92,8 @@ def test_only_declared_fields_get_gradients_and_optimiser_state(names):
     paths, kernel = set(tree.flatten(trainable)), params["w"]["kernel"]
     assert paths and {p.split("/")[-1] for p in paths} <= {n for name in names for n in declared_by(name)}
     assert all(p not in paths for p in tree.flatten(frozen))
-    np.testing.assert_array_equal(next(iter(jax.tree.leaves(frozen))), matrix(D_IN, D_OUT))
+    moved_base = bool(MOVE_THE_BASE & set(names))
+    assert np.array_equal(next(iter(jax.tree.leaves(frozen))), matrix(D_IN, D_OUT)) != moved_base
 
     def loss(t):
         return jnp.square(tree.join(t, frozen)["w"]["kernel"].dot(x) - 1).mean()
@@ -116,6 +127,38 @@ def test_low_rank_sizes_and_scale(name, rank, alpha, stack):
     delta = LOW_RANK[name](alpha, rank) * (np.asarray(kernel.a, np.float64) @ np.asarray(kernel.b, np.float64))
     expected = delta + np.asarray(matrix(*stack, D_IN, D_OUT), np.float64)
     np.testing.assert_allclose(kernel.dense(), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rank, alpha, stack", [(1, 16.0, ()), (4, 2.0, (LAYERS,)), (D_OUT, 8.0, ())])
+def test_lora_b_freezes_orthonormal_columns(rank, alpha, stack):
+    """AᵀA = I, signs fixed by R's diagonal in A R = the draw; r d_out parameters, W + alpha / r · A B."""
+    params = adapted(f"lora_b(rank={rank}, alpha={alpha})", shape=(*stack, D_IN, D_OUT))
+    trainable, _ = tree.split(params, masks.declared(params, 0))
+    assert list(tree.flatten(trainable)) == ["w/kernel/b"]
+    assert tree.count(trainable) == np.prod(stack, dtype=int) * rank * D_OUT
+    kernel = moved(params)["w"]["kernel"]
+    a, b = np.asarray(kernel.a, np.float64), np.asarray(kernel.b, np.float64)
+    np.testing.assert_allclose(np.swapaxes(a, -1, -2) @ a, np.broadcast_to(np.eye(rank), (*stack, rank, rank)), atol=1e-6)
+    np.testing.assert_allclose(kernel.dense(), matrix(*stack, D_IN, D_OUT) + alpha / rank * (a @ b), rtol=0, atol=1e-5)
+    key = jax.random.fold_in(jax.random.key(0), zlib.crc32(b"w/kernel"))
+    draw = np.asarray(jax.random.normal(key, (*stack, D_IN, rank)), np.float64)
+    assert (np.diagonal(np.swapaxes(a, -1, -2) @ draw, axis1=-2, axis2=-1) > 0).all()
+
+
+@pytest.mark.parametrize("rank, alpha, stack", [(1, 16.0, ()), (4, 2.0, (LAYERS,)), (D_OUT, 8.0, ())])
+def test_pissa_splits_the_spectrum(rank, alpha, stack):
+    """s A B is the best rank-r part, AᵀA = B Bᵀ = S_r / s, the base holds what is left."""
+    w = np.asarray(matrix(*stack, D_IN, D_OUT), np.float64)
+    kernel = adapted(f"pissa(rank={rank}, alpha={alpha})", shape=w.shape)["w"]["kernel"]
+    a, b, scale = np.asarray(kernel.a, np.float64), np.asarray(kernel.b, np.float64), alpha / rank
+    u, s, v = np.linalg.svd(w, full_matrices=False)
+    top = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
+    # float32 turns the cut a little where the singular values on both sides of it are close
+    np.testing.assert_allclose(scale * (a @ b), top, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(kernel.base, w - top, rtol=0, atol=1e-4)
+    sizes = s[..., None, :rank] / scale * np.eye(rank)
+    np.testing.assert_allclose(np.swapaxes(a, -1, -2) @ a, sizes, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(b @ np.swapaxes(b, -1, -2), sizes, rtol=0, atol=1e-4)
 
 
 WIDTHS = [(768, 3072), (3072, 768)] * 6  # the stack that the counts in the design are of
@@ -207,6 +250,8 @@ def test_the_first_rule_decides_and_every_leaf_draws_its_own_numbers():
         (("head/kernel", "lora(rank=4)"), ["head/kernel", "rank 4 does not fit a 12x3 matrix", "largest: 3"]),
         (("head/kernel", "lora(rank=0)"), ["head/kernel", "rank 0"]),
         (("head/kernel", "rslora(rank=-1)"), ["head/kernel", "rank -1"]),
+        (("head/kernel", "pissa(rank=4)"), ["head/kernel", "rank 4 does not fit a 12x3 matrix", "largest: 3"]),
+        (("head/kernel", "lora_b(rank=4)"), ["head/kernel", "rank 4 does not fit a 12x3 matrix", "largest: 3"]),
         (("embed/.*", "lora(rank=1)"), ["embed/tokens/embedding", "is not a matrix"]),
         (("layers/attn/q/bias", "lora"), ["layers/attn/q/bias", "(2, 12)", "nearest: 'layers/attn/q/kernel'"]),
         (("layers/atn/q/kernel", "lora"), ["'layers/atn/q/kernel' matches no leaf", "nearest: 'layers/attn/q/kernel'"]),

@@ -1,16 +1,20 @@
-"""LoRA adapters against PEFT, both directions: same logits, same merged model."""
+"""LoRA adapters against PEFT, both directions: same logits, same merged model; PiSSA and LoRA+ step by step."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft as hf_peft
 import pytest
 import torch
 import transformers
+from peft.optimizers import create_loraplus_optimizer
 
-from ft_jax import masks, tree
+from ft_jax import masks, registry, tree
+from ft_jax.errors import UserError
 from ft_jax.io import hf, peft
 from ft_jax.kernels import adapt, is_kernel, merge
+from ft_jax.models import names
 
 transformers.utils.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
@@ -172,3 +176,102 @@ def test_other_trained_leaves_travel(tmp_path):
     assert not is_kernel(loaded["norm"]["scale"])
     for got, want in zip(jax.tree.leaves(merge(loaded)), jax.tree.leaves(merge(params)), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def factors_of(theirs):
+    """``{checkpoint module: (lora_A, lora_B, scaling, frozen weight)}`` of a PEFT model, as numpy."""
+    return {
+        name.removeprefix(peft.ROOT): (
+            *(x["default"].weight.detach().numpy().copy() for x in (module.lora_A, module.lora_B)),
+            module.scaling["default"], module.get_base_layer().weight.detach().numpy().copy(),
+        )
+        for name, module in theirs.named_modules() if hasattr(module, "lora_A")
+    }  # fmt: skip
+
+
+def modules_of(model, params):
+    """The same of our tree: ``{checkpoint module: (A, B, scale, base)}`` in our orientation."""
+    out = {}
+    for path, leaf in tree.flatten(params, is_leaf=is_kernel).items():
+        if is_kernel(leaf):
+            name = names(model.config)[path].removesuffix(".weight")
+            out |= {name.format(i=i): jax.tree.map(lambda x, i=i: np.asarray(x[i]), (leaf.a, leaf.b, leaf.scale, leaf.base))
+                    for i in range(leaf.shape[0])}  # fmt: skip
+    return out
+
+
+def assert_same_adapters(model, params, theirs, atol):
+    """Products s·AB (their factors may differ in sign) and frozen matrices; returns the size of the products."""
+    ours, found = modules_of(model, params), factors_of(theirs)
+    assert set(ours) == set(found)
+    for name, (a, b, scale, base) in found.items():
+        mine = ours[name]
+        np.testing.assert_allclose(mine[2], scale, rtol=1e-6)
+        np.testing.assert_allclose(mine[3].T, base, rtol=0, atol=atol, err_msg=name)
+        np.testing.assert_allclose(mine[2] * (mine[0] @ mine[1]).T, scale * (b @ a), rtol=0, atol=atol, err_msg=name)
+    return max(float(np.abs(s * (b @ a)).max()) for a, b, s, _ in found.values())
+
+
+def squared_logits(model, params):
+    return jnp.square(model.apply(params, {"input_ids": jnp.asarray(IDS, jnp.int32)})).mean()
+
+
+@pytest.mark.parametrize("rank, alpha", [(4, 8), (3, 3)])
+def test_pissa_starts_and_steps_as_peft(rank, alpha, tmp_path):
+    """Same product, same residual, and the same again after one step of SGD on A and B."""
+    cls, folder = base_folder("llama", tmp_path)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = hf_peft.LoraConfig(target_modules=targets, init_lora_weights="pissa", r=rank, lora_alpha=alpha)
+    theirs = hf_peft.get_peft_model(cls.from_pretrained(folder), config).train()
+    model, base = hf.load(folder)
+    params = adapt(base, [(LINEAR, f"pissa(rank={rank}, alpha={alpha})")], jax.random.key(1))
+    size = assert_same_adapters(model, params, theirs, 1e-5)
+    with pytest.raises(UserError, match="the frozen matrix under the adapter is not that of the base model"):
+        peft.save_adapter(tmp_path / "adapter", model, params, str(folder), base=base)
+
+    rate = 0.02
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=rate)
+    theirs(input_ids=torch.tensor(IDS)).logits.square().mean().backward()
+    optimizer.step()
+    trainable, frozen = tree.split(params, masks.declared(params, 0))
+    grads = jax.grad(lambda t: squared_logits(model, tree.join(t, frozen)))(trainable)
+    after = tree.join(jax.tree.map(lambda x, g: x - rate * g, trainable, grads), frozen)
+    assert_same_adapters(model, after, theirs, 1e-5)
+    before, now = modules_of(model, params), modules_of(model, after)
+    moved = max(float(np.abs(now[n][0] @ now[n][1] - before[n][0] @ before[n][1]).max()) for n in now)
+    print(f"products up to {size:.2f}, moved by {moved:.1e}")
+    assert moved > 1e-3
+
+
+def test_lora_plus_steps_as_peft(tmp_path):
+    """Five steps of PEFT's LoRA+ optimiser (AdamW, ratio 16, weight decay) from one adapter: the same factors."""
+    cls, folder = base_folder("llama", tmp_path)
+    model, base = hf.load(folder)
+    params = trained(base, RULES["lora"])
+    peft.save_adapter(tmp_path / "adapter", model, params, str(folder), base=base)
+    theirs = hf_peft.PeftModel.from_pretrained(cls.from_pretrained(folder), tmp_path / "adapter", is_trainable=True)
+    hp = {"eps": 1e-3, "weight_decay": 0.1}  # with the usual eps, rounding decides the sign of a move where gradients vanish
+    rate, ratio, steps = 1e-3, 16.0, 5
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=rate, loraplus_lr_ratio=ratio, eps=hp["eps"], loraplus_weight_decay=hp["weight_decay"])
+    tx = registry.call("update", "lora_plus", learning_rate=rate, ratio=ratio, **hp)
+    trainable, frozen = tree.split(params, masks.declared(params, 0))
+    state, start = tx.init(trainable), trainable
+
+    @jax.jit
+    def step(trainable, state):
+        grads = jax.grad(lambda t: squared_logits(model, tree.join(t, frozen)))(trainable)
+        moves, state = tx.update(grads, state, trainable)
+        return optax.apply_updates(trainable, moves), state
+
+    for _ in range(steps):
+        optimizer.zero_grad()
+        theirs(input_ids=torch.tensor(IDS)).logits.square().mean().backward()
+        optimizer.step()
+        trainable, state = step(trainable, state)
+    ours, found = modules_of(model, tree.join(trainable, frozen)), factors_of(theirs)
+    for name, (a, b, _, _) in found.items():
+        np.testing.assert_allclose(ours[name][0].T, a, rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(ours[name][1].T, b, rtol=0, atol=1e-5, err_msg=name)
+    moved = tree.flatten(jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), trainable, start))
+    assert min(moved.values()) > 1e-4 and moved["layers/mlp/up/kernel/b"] > 3 * moved["layers/mlp/up/kernel/a"], moved
