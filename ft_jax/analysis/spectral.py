@@ -18,7 +18,7 @@ from ft_jax.registry import register
 
 EPS_SWEEP = tuple(round(0.05 * i, 2) for i in range(1, 20))
 _CHUNK = 1 << 20  # float64 numbers of a matrix that exist at one time
-_NULL = 1e-6  # σ/σ1 under which a float32 matrix holds rounding, not a direction
+NULL = 1e-6  # σ/σ1 under which a float32 matrix holds rounding, not a direction
 _ILL = 1e-5  # σ/σ1 under which left vectors computed as W v / σ lose the 1e-4 that is promised
 
 
@@ -53,7 +53,7 @@ def _eigh(gram, **options):
     return scipy.linalg.eigh(gram, lower=False, overwrite_a=True, check_finite=False, **options)
 
 
-def _top_left(w, k):
+def top_left(w, k):
     """``(σ [k], U [d_out, k])``: the top k singular values and left vectors, float64."""
     n = min(w.shape)
     k = min(k, n)
@@ -77,13 +77,25 @@ def _left_overlap(w, directions):
     return (vectors.T @ image) / sigma[:, None]
 
 
+def left_vectors(w):
+    """``(Uᵀ [n, d_out], σ [n])`` of a ``[d_in, d_out]`` matrix, float32, largest first."""
+    values, vectors = _eigh(_gram(w), driver="evr")
+    sigma = np.sqrt(np.clip(values, 0, None))
+    if w.shape[1] > w.shape[0]:
+        if sigma[0] <= _ILL * sigma[-1]:
+            _, sigma, left = np.linalg.svd(w.astype(np.float64), full_matrices=False)
+            return left.astype(np.float32), sigma.astype(np.float32)
+        vectors = np.concatenate([w[:, c].T.astype(np.float64) @ vectors for c in _slices(w, 1)]) / sigma
+    return np.ascontiguousarray(vectors.T[::-1], np.float32), sigma[::-1].astype(np.float32)
+
+
 def _max_cosine(base, tuned, k):
     """``(cosine [k], σ [k])`` of one matrix; null directions and exact copies have cosine 1."""
-    sigma, left = _top_left(tuned, k)
+    sigma, left = top_left(tuned, k)
     if np.array_equal(base, tuned):  # equal singular values leave the vectors free: a copy is no intruder
         return np.ones_like(sigma), sigma
     cosine = np.abs(_left_overlap(base, left)).max(axis=0)
-    return np.where(sigma > _NULL * sigma[0], np.minimum(cosine, 1.0), 1.0), sigma
+    return np.where(sigma > NULL * sigma[0], np.minimum(cosine, 1.0), 1.0), sigma
 
 
 def _pair(base, tuned):
@@ -176,7 +188,7 @@ def similarity(base, tuned, *, top=10):
     """|U0ᵀ U| of the top left singular vectors: ``similarity [..., top, top]``, rows base, columns tuned."""
 
     def cosines(b, t):
-        return {"similarity": np.minimum(np.abs(_top_left(b, top)[1].T @ _top_left(t, top)[1]), 1.0)}
+        return {"similarity": np.minimum(np.abs(top_left(b, top)[1].T @ top_left(t, top)[1]), 1.0)}
 
     return _batched(cosines, base, tuned)
 
@@ -186,7 +198,7 @@ def principal_angles(base, tuned, *, top=10):
     """Principal angles (radians, ascending) between the spans of the top left vectors: ``angles [..., top]``."""
 
     def angles(b, t):
-        return {"angles": np.sort(scipy.linalg.subspace_angles(_top_left(b, top)[1], _top_left(t, top)[1]))}
+        return {"angles": np.sort(scipy.linalg.subspace_angles(top_left(b, top)[1], top_left(t, top)[1]))}
 
     return _batched(angles, base, tuned)
 
