@@ -12,6 +12,7 @@ import tqdm
 from ft_jax.analysis import spectral
 from ft_jax.errors import UserError, nearest
 from ft_jax.io import files
+from ft_jax.io.adapted import Adapted
 from ft_jax.io.safetensors import READABLE, Checkpoint
 
 # Embeddings and heads: what maps ids to vectors and vectors to answers is no part of the published count.
@@ -60,6 +61,10 @@ def _aligned(base, tuned):
     return max(options, key=len)  # the first of the longest: the empty prefix where names are equal
 
 
+def _checkpoint(source):
+    return source.checkpoint() if isinstance(source, Adapted) else Checkpoint(source)
+
+
 def _regex(pattern, what):
     try:
         return re.compile(pattern)
@@ -70,7 +75,7 @@ def _regex(pattern, what):
 def _model_type(base, tuned):
     kinds = {}
     for folder in (base, tuned):
-        folder = pathlib.Path(folder)
+        folder = pathlib.Path(folder.base if isinstance(folder, Adapted) else folder)
         config = files.read_json((folder if folder.is_dir() else folder.parent) / "config.json")
         text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
         hidden = config.get("hidden_size") or text.get("hidden_size")
@@ -104,13 +109,13 @@ def _why_not(name, shape, include, exclude):
 
 
 def plan(base, tuned, include=None, exclude=EXCLUDE):
-    """``([Pair], {name: why skipped})`` of two checkpoint folders, from their headers alone.
+    """``([Pair], {name: why skipped})`` of two checkpoint folders, from their headers alone; tuned may be `Adapted`.
 
     ``include`` and ``exclude`` are regexes searched for in names. UserError names the tensor that is missing, has
     another shape or an unreadable kind, before anything is computed.
     """
     kind, hidden = _model_type(base, tuned)
-    first, second = Checkpoint(base), Checkpoint(tuned)
+    first, second = _checkpoint(base), _checkpoint(tuned)
     include = _regex(include, "include") if include else None
     exclude = _regex(exclude, "exclude") if exclude else None
     partner = _aligned(first.names, second.names)
@@ -146,6 +151,8 @@ def plan(base, tuned, include=None, exclude=EXCLUDE):
 
 def identity(path):
     """SHA-256 over names, sizes, times and 64 samples of every safetensors file: changes when a checkpoint does."""
+    if isinstance(path, Adapted):
+        return " ".join((identity(path.base), identity(path.folder), path.config_digest()))
     path = pathlib.Path(path)
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
@@ -203,7 +210,7 @@ def stream(base, tuned, pairs, journal, *, k=10, progress=True):
     header = {"version": 1, "k": k, "base": identity(base), "tuned": identity(tuned)}
     rows = _kept(journal, header)
     files.write(journal, "".join(json.dumps(r) + "\n" for r in (header, *rows.values())).encode())
-    first, second, mapped = Checkpoint(base), Checkpoint(tuned), 0
+    first, second, mapped = _checkpoint(base), _checkpoint(tuned), 0
     with open(journal, "a", encoding="utf-8") as log, tqdm.tqdm(
             pairs, desc="spectra", unit="matrix", disable=not progress) as bar:
         for pair in bar:
@@ -218,7 +225,7 @@ def stream(base, tuned, pairs, journal, *, k=10, progress=True):
             mapped += before.nbytes + after.nbytes
             del before, after
             if mapped > _REOPEN:
-                first, second, mapped = Checkpoint(base), Checkpoint(tuned), 0
+                first, second, mapped = _checkpoint(base), _checkpoint(tuned), 0
     return rows
 
 

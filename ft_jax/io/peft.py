@@ -3,6 +3,7 @@
 import collections
 import pathlib
 import re
+import typing
 
 import jax.numpy as jnp
 import numpy as np
@@ -116,36 +117,58 @@ def _round(alpha):
     return round(alpha) if abs(alpha - round(alpha)) < 1e-5 * max(1.0, abs(alpha)) else alpha
 
 
+class Adapter(typing.NamedTuple):
+    """A PEFT LoRA adapter by the checkpoint names of its base: ``{module: {"A" or "B": key}}``, ``{tensor: key}``."""
+
+    folder: pathlib.Path
+    config: dict
+    checkpoint: safetensors.Checkpoint
+    factors: dict
+    whole: dict
+
+
+def open_adapter(folder):
+    """The ``Adapter`` of a folder, no tensor read; UserError for a kind that is not LoRA as `LowRank` has it."""
+    folder = pathlib.Path(folder)
+    config = files.read_json(folder / "adapter_config.json")
+    _check_config(folder, config)
+    # Named in full: the folder may hold a merged model beside the adapter.
+    checkpoint = safetensors.Checkpoint(folder / "adapter_model.safetensors")
+    factors, whole = collections.defaultdict(dict), {}
+    for key in checkpoint.names:
+        name = key.removeprefix(ROOT).replace(".modules_to_save.", ".").replace(".default.", ".")
+        found = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name)
+        if found:
+            factors[found[1]][found[2]] = key
+        else:
+            whole[name] = key
+    if not factors:
+        raise UserError(f"{checkpoint.path}: holds no LoRA tensors")
+    return Adapter(folder, config, checkpoint, dict(factors), whole)
+
+
 def load_adapter(folder, model, params):
     """``params`` with the adapter's ``LowRank`` kernels around their matrices, and its whole modules in place.
 
     Layers that the adapter leaves out get a zero one; smaller ranks are filled up with zeros. UserError, naming the
     field, module or shape, for an adapter of another kind or of another base.
     """
-    folder = pathlib.Path(folder)
-    config = files.read_json(folder / "adapter_config.json")
-    _check_config(folder, config)
-    # Named in full: the folder may hold a merged model beside the adapter.
-    checkpoint = safetensors.Checkpoint(folder / "adapter_model.safetensors")
-    rows = _rows_by_name(model.config)
-    factors, whole = collections.defaultdict(dict), {}
-    for key in checkpoint.names:
-        name = key.removeprefix(ROOT).replace(".modules_to_save.", ".").replace(".default.", ".")
-        found = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name)
-        row = rows.get(found[1] + ".weight" if found else name)
-        if row is None:
-            module = found[1] if found else name
-            ours = f"this {model.config.family} model with head {model.config.head!r}"
+    adapter = open_adapter(folder)
+    checkpoint, rows, adapters, whole = adapter.checkpoint, _rows_by_name(model.config), {}, {}
+
+    def row_of(name, key):
+        if name not in rows:
+            ours, module = f"this {model.config.family} model with head {model.config.head!r}", name.removesuffix(".weight")
             known = [n.removesuffix(".weight") for n in rows]
             raise UserError(f"{checkpoint.path}: {key}: {ours} has no module {module!r}{nearest(module, known)}")
-        if found:
-            factors[row][found[2]] = checkpoint.read(key)
-            factors[row]["module"] = found[1]
-        else:
-            whole[row] = checkpoint.read(key)
-    if not factors:
-        raise UserError(f"{checkpoint.path}: holds no LoRA tensors")
-    adapters = {row: _adapter(checkpoint.path, config, row, parts) for row, parts in factors.items()}
+        return rows[name]
+
+    for module, keys in adapter.factors.items():
+        row = row_of(module + ".weight", next(iter(keys.values())))
+        a, b, scale = read_factors(adapter, module, row.shape)
+        adapters[row] = a.T, b.T, scale
+    for name, key in adapter.whole.items():
+        whole[row_of(name, key)] = checkpoint.read(key)
     for row, array in whole.items():
         if array.shape != row.shape:
             raise UserError(
@@ -181,30 +204,38 @@ def _rows_by_name(config):
     return {name.removeprefix(layout.prefix(config)): row for name, row in rows.items()} | rows
 
 
-def _adapter(where, config, row, parts):
-    """``(a [in, r], b [r, out], scale)`` of one module, checked against the matrix it belongs to."""
-    module = parts["module"]
-    if "A" not in parts or "B" not in parts:
-        raise UserError(f"{where}: {module} lacks lora_{'B' if 'A' in parts else 'A'}")
-    a, b = parts["A"].T, parts["B"].T
-    if len(row.shape) != 2 or a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-        shapes = f"lora_A {list(a.shape[::-1])} and lora_B {list(b.shape[::-1])}"
-        raise UserError(f"{where}: {module}: {shapes} make no adapter")
-    if (b.shape[1], a.shape[0]) != row.shape:
-        raise UserError(
-            f"{where}: {module} is for a matrix of {b.shape[1]}x{a.shape[0]}, the model's is "
-            f"{row.shape[0]}x{row.shape[1]}: an adapter for another base"
-        )
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+def check_factors(adapter, module, shape):
+    """UserError, from the headers alone, unless a module's A and B make a change of a matrix stored as ``shape``."""
+    where, keys = adapter.checkpoint.path, adapter.factors[module]
+    if len(keys) < 2:
+        raise UserError(f"{where}: {module} lacks lora_{'B' if 'A' in keys else 'A'}")
+    a, b = (adapter.checkpoint.shape(keys[part]) for part in "AB")
+    if len(shape) != 2 or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+        raise UserError(f"{where}: {module}: lora_A {list(a)} and lora_B {list(b)} make no adapter")
+    if (b[0], a[1]) != tuple(shape):
+        raise UserError(f"{where}: {module} is for a matrix of {b[0]}x{a[1]}, the model's is {shape[0]}x{shape[1]}: "
+                        "an adapter for another base")
+
+
+def read_factors(adapter, module, shape):
+    """``(A [r, in], B [out, r], scale)`` of one module, float32: its change of a matrix stored as ``shape`` is scale · B A."""
+    check_factors(adapter, module, shape)
+    a, b = (adapter.checkpoint.read(adapter.factors[module][part]) for part in "AB")
+    return a, b, _scale(adapter, module, a.shape[0])
+
+
+def _scale(adapter, module, rank):
+    alpha = adapter.config["lora_alpha"]
+    for pattern, value in (adapter.config.get("alpha_pattern") or {}).items():
         try:
             hit = re.fullmatch(rf"(.*\.)?({pattern})", module)
         except re.error as error:
-            raise UserError(f"{where}: alpha_pattern {pattern!r} is not a regular expression: {error}") from None
+            file = adapter.checkpoint.path
+            raise UserError(f"{file}: alpha_pattern {pattern!r} is not a regular expression: {error}") from None
         if hit:
             alpha = value
             break
-    return a, b, alpha / a.shape[1] ** (0.5 if config.get("use_rslora") else 1.0)
+    return alpha / rank ** (0.5 if adapter.config.get("use_rslora") else 1.0)
 
 
 def _apply(config, params, adapters, whole):
