@@ -4,6 +4,7 @@
 arrays; leaves that it does not name keep the base's value.
 """
 
+import functools
 import json
 
 import jax
@@ -75,6 +76,15 @@ def random_mask(params, sparsity, rng, eligible=ELIGIBLE):
     return _cut(mask, shapes)
 
 
+def bias_mask(params, eligible=ELIGIBLE):
+    """The BitFit region (arXiv:2106.10199): every eligible bias; UserError for a model that has none."""
+    flat = tree.flatten(params)
+    mask = {p: np.full(flat[p].shape, p.endswith("/bias")) for p in eligible_paths(params, eligible)}
+    if not any(m.any() for m in mask.values()):
+        raise UserError("the model has no bias among the eligible leaves: there is no BitFit region")
+    return mask
+
+
 def mask_size(mask):
     """(number of grafted parameters, their share of the eligible ones)."""
     chosen, total = sum(int(m.sum()) for m in mask.values()), sum(m.size for m in mask.values())
@@ -110,27 +120,86 @@ def apply_graft(base, tuned, mask):
     return tree.nest({**first, **_mix({p: first[p] for p in mask}, {p: second[p] for p in mask}, mask)})
 
 
+@jax.jit
+def _keep(tuned, mask):
+    return {p: jnp.where(m, tuned[p], 0) for p, m in mask.items()}
+
+
+def lottery_ticket(tuned, mask):
+    """θ_ft ⊙ γ: the tuned tree with zeros outside the mask, where a graft has the base (arXiv:1803.03635)."""
+    flat = tree.flatten(tuned)
+    return tree.nest({**flat, **_keep({p: flat[p] for p in mask}, mask)})
+
+
 @register("edit", "graft", paper="arXiv:2302.06600")
 def graft(params, requests, *, sparsity=0.01, eligible=ELIGIBLE):
     """Magnitude graft: puts the share ``sparsity`` of largest changes of the tuned tree ``requests`` on the base."""
     return apply_graft(params, requests, magnitude_mask(params, requests, sparsity, eligible))
 
 
-def learn_mask(base, tuned, loss, batches, score, *, sparsity, steps=10, learning_rate=1e7, seed=0,
+def _soft(state, pre, delta, hard):
+    """Base + γ ⊙ Δ at γ = b + (1 − 2b) σ(S − c)."""
+
+    def mixed(s, b, w, d):
+        sigma = jax.nn.sigmoid(s - OFFSET)
+        return w + jnp.where(b, 1 - sigma, sigma) * d
+
+    return jax.tree.map(mixed, state, hard, pre, delta)
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def _gradient(state, pre, delta, hard, rest, batch, *, loss):
+    """(mean loss, its gradient by S, whether both are finite) over the micro-batches; compiled once for a ``loss``."""
+
+    def soft_loss(state, micro):
+        return loss(tree.nest({**rest, **_soft(state, pre, delta, hard)}), micro)
+
+    def one(total, micro):
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(soft_loss)(state, micro)), None
+
+    count = jax.tree.leaves(batch)[0].shape[0]
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state))
+    (value, grads), _ = jax.lax.scan(one, zero, batch)
+    finite = jnp.stack([jnp.isfinite(x).all() for x in (value, *jax.tree.leaves(grads))]).all()
+    return value / count, jax.tree.map(lambda g: g / count, grads), finite
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _descend(state, grads, rate):
+    return jax.tree.map(lambda s, g: s - rate * g, state, grads)
+
+
+def _flipping_rate(state, grads, hard, flips):
+    """The learning rate at which one step brings ``flips`` parameters into the mask (fewer where fewer would help)."""
+    needed = []
+    for path, s in state.items():
+        slope = np.asarray(grads[path])
+        enters = (slope < 0) & ~np.asarray(hard[path])
+        needed.append((OFFSET - np.asarray(s)[enters]) / -slope[enters])
+    needed = np.concatenate(needed)
+    if not needed.size:
+        raise UserError("no parameter outside the mask lowers the loss: the tuned model is no better than the mask")
+    nth = min(max(flips, 1), needed.size) - 1
+    return float(np.partition(needed, nth)[nth])
+
+
+def learn_mask(base, tuned, loss, batches, score, *, sparsity, steps=10, learning_rate=1e7, flips=None, seed=0,
                eligible=ELIGIBLE, label="graft"):  # fmt: skip
     """Learns the graft from the magnitude mask b: γ = b + (1 − 2b) σ(S − 10), S ~ U[0,1], plain gradient steps on S.
 
     A step is S ← S − lr · (1 − 2b) · mean(∂L/∂θ ⊙ Δθ) · σ(1 − σ), the gradient taken at the soft mask. S has to
     travel about 10 for a parameter to change sides: where ∂L/∂θ ⊙ Δθ is smaller than after the paper's SGD runs, the
     paper's learning rate of 1e7 leaves the magnitude mask as it is (``history`` shows it) and a larger one is needed.
+    With ``flips`` the rate is not given but found: the one at which the first step adds flips · k parameters to the
+    mask of k, which makes runs of different optimisers comparable.
 
     Args:
-      loss: ``(params, micro_batch) -> mean loss``, in evaluation mode.
+      loss: ``(params, micro_batch) -> mean loss``, in evaluation mode; the same function object is compiled once.
       batches: iterator of batches with leading axes [micro-batches, micro-batch size]; one batch a step.
       score: ``params -> float``, higher is better, of a tree with the rounded mask.
     Returns:
       (best mask by ``score``, history): the magnitude mask itself is the first candidate; history has a row
-      ``{step, loss, score, parameters}`` for each.
+      ``{step, loss, score, parameters, learning_rate}`` for each.
     Raises:
       UserError when the loss or its gradient is not finite.
     """
@@ -143,39 +212,21 @@ def learn_mask(base, tuned, loss, batches, score, *, sparsity, steps=10, learnin
     keys = jax.random.split(jax.random.key(seed), len(start))
     # On the base's devices from the first step on, else the second step compiles again.
     state = {p: jax.device_put(jax.random.uniform(k, pre[p].shape), pre[p].sharding) for p, k in zip(start, keys)}
-
-    def soft_loss(state, pre, delta, hard, rest, batch):
-        def mixed(s, b, w, d):
-            sigma = jax.nn.sigmoid(s - OFFSET)
-            return w + jnp.where(b, 1 - sigma, sigma) * d
-
-        return loss(tree.nest({**rest, **jax.tree.map(mixed, state, hard, pre, delta)}), batch)
-
-    @jax.jit
-    def step(state, pre, delta, hard, rest, batch):
-        def one(total, micro):
-            found = jax.value_and_grad(soft_loss)(state, pre, delta, hard, rest, micro)
-            return jax.tree.map(jnp.add, total, found), None
-
-        count = jax.tree.leaves(batch)[0].shape[0]
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state))
-        (value, grads), _ = jax.lax.scan(one, zero, batch)
-        finite = jnp.stack([jnp.isfinite(x).all() for x in (value, *jax.tree.leaves(grads))]).all()
-        return jax.tree.map(lambda s, g: s - learning_rate * g / count, state, grads), value / count, finite
-
-    def rounded(state):
-        return {p: np.asarray(hard[p] ^ (s >= OFFSET)) for p, s in state.items()}
-
+    rate = None if flips else learning_rate
     best, best_score = start, float(score(apply_graft(base, tuned, start)))
-    history = [{"step": 0, "loss": None, "score": best_score, "parameters": mask_size(start)[0]}]
+    history = [{"step": 0, "loss": None, "score": best_score, "parameters": mask_size(start)[0], "learning_rate": rate}]
     for i in tqdm(range(1, steps + 1), desc=f"{label} {sparsity:g}", unit="step"):
-        state, value, finite = step(state, pre, delta, hard, rest, next(batches))
+        value, grads, finite = _gradient(state, pre, delta, hard, rest, next(batches), loss=loss)
         if not finite:
             raise UserError(f"the graft's loss is {float(value)} at step {i} and its gradient not finite: "
                             "check the two models and the batches")
-        mask = rounded(state)
+        if rate is None:
+            rate = _flipping_rate(state, grads, hard, round(flips * mask_size(start)[0]))
+        state = _descend(state, grads, rate)
+        mask = {p: np.asarray(hard[p] ^ (s >= OFFSET)) for p, s in state.items()}
         found = float(score(apply_graft(base, tuned, mask)))
-        history.append({"step": i, "loss": float(value), "score": found, "parameters": mask_size(mask)[0]})
+        history.append({"step": i, "loss": float(value), "score": found, "parameters": mask_size(mask)[0],
+                        "learning_rate": rate})  # fmt: skip
         if found > best_score:
             best, best_score = mask, found
     return best, history

@@ -139,6 +139,59 @@ def test_the_best_mask_is_kept():
     assert [h["score"] for h in history] == [0.5, 0.9, 0.1]
 
 
+def test_a_found_rate_adds_as_many_parameters_as_asked():
+    base, tuned = params(0), params(1)
+    x, y = RNG.standard_normal((8, 4)).astype(np.float32), RNG.integers(0, 3, 8)
+    batch = {"x": x[None], "y": y[None]}
+    start = graft.magnitude_mask(base, tuned, 0.25)
+    rising = itertools.count()
+    mask, history = graft.learn_mask(base, tuned, logistic, itertools.repeat(batch), lambda p: next(rising), sparsity=0.25,
+                                     steps=1, flips=0.5, seed=5)  # fmt: skip
+    entered = sum(int((m & ~start[p]).sum()) for p, m in mask.items())
+    assert entered == 6  # half of the 12 of the start
+    given, _ = graft.learn_mask(base, tuned, logistic, itertools.repeat(batch), lambda p: next(rising), sparsity=0.25, steps=1,
+                                learning_rate=history[-1]["learning_rate"], seed=5)  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, given, mask)
+    assert history[0]["learning_rate"] is None
+    with pytest.raises(UserError, match="no parameter outside the mask lowers the loss"):
+        graft.learn_mask(base, tuned, lambda p, b: 0 * p["layers"]["mlp"]["bias"].sum(), itertools.repeat(batch), lambda p: 0.0,
+                         sparsity=0.25, steps=1, flips=0.5)  # fmt: skip
+
+
+def test_one_loss_is_compiled_once_for_every_run():
+    base, counts = params(0), []
+
+    def loss(p, batch):
+        counts.append(1)
+        return logistic(p, batch)
+
+    batch = {"x": np.ones((1, 2, 4), np.float32), "y": np.zeros((1, 2), int)}
+    graft.learn_mask(base, params(1), loss, itertools.repeat(batch), lambda p: 0.0, sparsity=0.2, steps=2)
+    traced = len(counts)
+    graft.learn_mask(base, params(2), loss, itertools.repeat(batch), lambda p: 0.0, sparsity=0.4, steps=2, learning_rate=1e5)
+    assert traced and len(counts) == traced
+
+
+def test_lottery_ticket_is_zero_where_a_graft_has_the_base():
+    base, tuned = params(0), params(1)
+    mask = graft.magnitude_mask(base, tuned, 0.3)
+    ticket, grafted = (tree.flatten(x) for x in (graft.lottery_ticket(tuned, mask), graft.apply_graft(base, tuned, mask)))
+    for p, x in tree.flatten(tuned).items():
+        if p not in mask:
+            np.testing.assert_array_equal(ticket[p], x)  # head and embeddings stay
+        else:
+            np.testing.assert_array_equal(ticket[p], np.where(mask[p], x, 0))
+            np.testing.assert_array_equal(ticket[p][mask[p]], grafted[p][mask[p]])
+
+
+def test_bias_region_holds_every_eligible_bias():
+    mask = graft.bias_mask(params(0))
+    assert {p: m.all() for p, m in mask.items()} == {"layers/mlp/kernel": False, "layers/mlp/bias": True, "layers/norm/scale": False}
+    assert count(mask) == 8
+    with pytest.raises(UserError, match="no bias"):
+        graft.bias_mask({"layers": {"mlp": {"kernel": jnp.zeros((2, 3, 3))}}})
+
+
 @pytest.mark.parametrize("loss,message", [
     (lambda p, batch: jnp.nan * p["layers"]["mlp"]["bias"].sum(), "nan at step 1"),
     (lambda p, batch: jnp.sqrt((0 * p["layers"]["mlp"]["bias"]).sum()), "0.0 at step 1 and its gradient not finite"),
