@@ -4,7 +4,6 @@ A zero column of A and the zero row of B that meets it get zero gradients, and e
 zero with zero gradients where it is: so each member is the run it would be alone, up to rounding.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -16,11 +15,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
-from ft_jax import recipe, tree
+from ft_jax import recipe, stacking, tree
 from ft_jax import train as engine
 from ft_jax.data import pipeline
 from ft_jax.errors import UserError
@@ -33,7 +30,7 @@ PADDED = ("adamw", "adamw_l1", "lion", "lora_plus", "sgd")
 SMALL_RANK, SPREAD = 64, 8  # ranks up to SMALL_RANK train together; above it the largest is at most SPREAD x the smallest
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Member:
     """One run of a population; ``parts`` are those of `train.prepare`, its params shapes alone."""
 
@@ -56,8 +53,10 @@ class Member:
         return max((x.a.shape[-1] for x in leaves if isinstance(x, LowRank)), default=0)
 
     @property
-    def frozen_shapes(self):
-        return tree.split(self.parts["params"], self.parts["mask"])[1]
+    def shapes(self):
+        """((trainable, optimiser state), frozen) as shapes, with the member's own ranks."""
+        trainable, frozen = tree.split(self.parts["params"], self.parts["mask"])
+        return (trainable, jax.eval_shape(self.parts["tx"].init, trainable)), frozen
 
 
 def failure(path):
@@ -88,10 +87,11 @@ def train(configs, workdir, *, size=8, label="population"):
         Member(name, cfg, run, _told(name, _prepare, cfg, load(_spec(cfg))))
         for name, (cfg, run) in sorted(todo.items(), key=lambda item: _spec(item[1][0]))
     ]
+    programs = {}
     for number, group in enumerate(groups := _groups(members, size)):
         text = f"{label} {number + 1}/{len(groups)}" if len(groups) > 1 else label
         try:
-            done |= _train(group, load(_spec(group[0].cfg)), text)
+            done |= _train(group, load(_spec(group[0].cfg)), programs, text)
         finally:
             for member in group:
                 member.run.close()
@@ -134,7 +134,8 @@ def _groups(members, size):
     begun, fresh = {}, {}
     for member in members:
         names = _companions(member.run)
-        begun.setdefault(tuple(names), []).append(member) if names else fresh.setdefault(_key(member), []).append(member)
+        table, key = (begun, tuple(names)) if names else (fresh, (_key(member), max(_saved_steps(member.run), default=0)))
+        table.setdefault(key, []).append(member)
     out = [sorted(group, key=lambda m, names=names: names.index(m.name)) for names, group in begun.items()]
     for alike in fresh.values():
         group = []
@@ -158,7 +159,7 @@ def _key(member):
     leaves = tree.flatten(member.parts["params"], is_leaf=is_kernel)
     shapes = {path: _shapes(leaf, padded) for path, leaf in leaves.items()}
     batch = {k: (v.shape, str(v.dtype)) for k, v in member.parts["data"]["train"].gather([0]).items()}
-    return json.dumps([cfg, shapes, jax.tree.leaves(member.parts["mask"]), batch], sort_keys=True, default=str)
+    return json.dumps([cfg, shapes, jax.tree.leaves(member.parts["mask"]), batch], sort_keys=True)
 
 
 def _shapes(leaf, padded):
@@ -171,13 +172,11 @@ def _shapes(leaf, padded):
 # One program
 
 
-def _train(members, base, label):
+def _train(members, base, programs, label):
     """Trains a group to its end; ``{name: summary}`` of those that did not fail."""
-    cfg, first = members[0].cfg, _resume_at(members)
-    clock = engine.Clock()
+    cfg, first, clock = members[0].cfg, _resume_at(members), engine.Clock()
     carry, frozen, rates = _start(members, base, first)
-    step_fn = _program(members[0], frozen, jax.tree.map(lambda x: x.sharding, carry))
-    evaluate = engine.make_eval(members[0].parts["objective"])
+    step_fn, evaluate = _program(programs, members, frozen, carry)
     batches = _batches(members, first)
     with tqdm(total=cfg["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True) as bar:
         for step in range(first + 1, cfg["steps"] + 1):
@@ -199,99 +198,40 @@ def _train(members, base, label):
                         _save([m for m in members if m.active] if saves else ended, members, step, carry[0])
                     for member in ended:
                         member.active = False
-                    carry = carry[0], _place(np.asarray([m.active for m in members]), frozen.mesh)
+                    carry = carry[0], stacking.place(np.asarray([m.active for m in members]), members[0].parts["mesh"])
             bar.update()
     return _finish(members, carry[0], clock)
 
 
-@dataclasses.dataclass
-class Frozen:
-    """The frozen half: leaves that all members share, leaves of their own stacked, and how to put them together."""
-
-    mesh: jax.sharding.Mesh
-    structure: jax.tree_util.PyTreeDef
-    shared: dict
-    own: dict
-
-    def join(self, own, shared):
-        leaves = own | shared
-        return self.structure.unflatten([leaves[i] for i in range(len(leaves))])
-
-
-def _program(member, frozen, shardings):
-    """``(carry, rates, own, shared, batch) -> (carry, metrics)`` of all members; carry is (state, alive), donated.
-
-    A member whose loss or gradient is not finite keeps its last state and is no longer alive.
-    """
-    cfg, objective = member.cfg, member.parts["objective"]
-
-    def one(carry, rates, own, shared, batch):
-        state, alive = carry
-        tx, _ = engine.optimizer(cfg, rates["learning_rate"])
-        step = engine.make_step(objective, tx, cfg["accumulate"], rates["seed"])
-        new, metrics = step(state, frozen.join(own, shared), batch["own"] | batch["shared"])
-        alive = alive & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        return (jax.tree.map(lambda a, b: jnp.where(alive, a, b), new, state), alive), metrics
-
-    every = jax.vmap(one, in_axes=(0, 0, 0, None, {"own": 0, "shared": None}))
-    return jax.jit(every, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def _place(x, mesh, stacked=True):
-    """A tree on the mesh: the leading axis of members over data where it divides them, otherwise whole."""
-
-    def sharding(leaf):
-        split = stacked and leaf.shape[0] % mesh.shape["data"] == 0
-        return NamedSharding(mesh, P("data") if split else P())
-
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding(leaf)), x)
+def _program(programs, members, frozen, carry):
+    """(step, evaluate) of a group; groups of one kind and size share them, and what was compiled."""
+    first = members[0]
+    key = _key(first), len(members), tuple(frozen.own)
+    if key not in programs:
+        shardings = jax.tree.map(lambda x: x.sharding, carry)
+        step = stacking.step_of(first.cfg, first.parts["objective"], frozen.join, shardings)
+        programs[key] = step, engine.make_eval(first.parts["objective"])
+    return programs[key]
 
 
 def _batches(members, first):
     """Batches ``{own: stacked, shared: one for all}`` from step ``first`` on; all is shared if seed and data are."""
     mesh, cfg = members[0].parts["mesh"], members[0].cfg
-    orders = {json.dumps([m.cfg["seed"], m.cfg["data"]], sort_keys=True): m for m in members}
+    wanted = [json.dumps([m.cfg["seed"], m.cfg["data"]], sort_keys=True) for m in members]
     streams = {
         order: pipeline.prefetch(pipeline.batches(m.parts["data"]["train"], cfg["batch_size"], m.cfg["seed"]), first)
-        for order, m in orders.items()
+        for order, m in dict(zip(wanted, members)).items()
     }
-    if len(streams) == 1:
-        yield from ({"own": {}, "shared": _place(batch, mesh, False)} for batch in next(iter(streams.values())))
-    wanted = [json.dumps([m.cfg["seed"], m.cfg["data"]], sort_keys=True) for m in members]
     while True:
         found = {order: next(stream) for order, stream in streams.items()}
-        stacked = {k: np.stack([found[order][k] for order in wanted]) for k in found[wanted[0]]}
-        yield {"own": _place(stacked, mesh), "shared": {}}
-
-
-# State: each member's own, padded and stacked
-
-
-def _padded(x, shape):
-    out = np.zeros(shape, x.dtype)
-    out[tuple(slice(n) for n in x.shape)] = x
-    return out
-
-
-def _stack(trees, mesh):
-    """Trees of one structure as one, every leaf padded with zeros to the largest and stacked."""
-
-    def stack(*leaves):
-        shape = tuple(max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True))
-        return np.stack([_padded(np.asarray(x), shape) for x in leaves])
-
-    return _place(jax.tree.map(stack, *trees), mesh)
-
-
-def _split_frozen(halves, mesh):
-    structure = jax.tree.structure(halves[0])
-    shared, own = {}, {}
-    for i, leaves in enumerate(zip(*map(jax.tree.leaves, halves), strict=True)):
-        if all(x is leaves[0] or (x.shape == leaves[0].shape and bool((x == leaves[0]).all())) for x in leaves):
-            shared[i] = _place(leaves[0], mesh, False)
+        if len(found) == 1:
+            yield {"own": {}, "shared": stacking.place(found[wanted[0]], mesh, stacked=False)}
         else:
-            own[i] = _stack(leaves, mesh)
-    return Frozen(mesh, structure, shared, own)
+            stacked = {k: np.stack([found[order][k] for order in wanted]) for k in found[wanted[0]]}
+            yield {"own": stacking.place(stacked, mesh), "shared": {}}
+
+
+# State and what is written
 
 
 def _start(members, base, first):
@@ -305,10 +245,11 @@ def _start(members, base, first):
         members[0].run.need_space(sum(_bytes(s) for s in states) * (members[0].cfg["save"]["keep"] + 1))
     for member in members:
         files.write_json(member.run.path / "population.json", {"members": [m.name for m in members]})
-    alive = _place(np.asarray([m.active for m in members]), mesh)
+    alive = np.asarray([m.active for m in members])
     rates = {"learning_rate": np.asarray([m.cfg["optimizer"]["learning_rate"] for m in members], np.float32),
              "seed": np.asarray([m.cfg["seed"] & 0xFFFFFFFF for m in members], np.uint32)}  # fmt: skip
-    return (_stack(states, mesh), alive), _split_frozen(halves, mesh), _place(rates, mesh)
+    carry = stacking.stack(states, mesh), stacking.place(alive, mesh)
+    return carry, stacking.stack_frozen(halves, mesh), stacking.place(rates, mesh)
 
 
 def _bytes(state):
@@ -359,15 +300,9 @@ def _resume_at(members):
 
 
 def _own(member, i, state):
-    """The state of member ``i`` out of the stack (numpy), without padding, as its own run holds it."""
-    trainable = tree.split(member.parts["params"], member.parts["mask"])[0]
-    shapes = engine.TrainState(None, trainable, jax.eval_shape(member.parts["tx"].init, trainable))
-    own = engine.TrainState(None, state.trainable, state.opt_state)
-    cut = jax.tree.map(lambda x, s: jnp.asarray(x[i][tuple(slice(n) for n in s.shape)]), own, shapes)
-    return cut.replace(step=state.step[i])
-
-
-# What is written
+    """The state of member ``i`` out of the stack as its own run holds it."""
+    trainable, opt_state = stacking.cut((state.trainable, state.opt_state), i, member.shapes[0])
+    return engine.TrainState(state.step[i], trainable, opt_state)
 
 
 def _note_failures(members, carry, metrics):
@@ -405,7 +340,8 @@ def _evaluate(members, step, state, frozen, evaluate):
             continue
         trainable, own = jax.tree.map(lambda x, i=i: x[i], (state.trainable, frozen.own))
         held_out = pipeline.eval_batches(member.parts["data"]["validation"], member.cfg["eval"]["batch_size"])
-        held = evaluate(trainable, frozen.join(own, frozen.shared), (_place(b, frozen.mesh, False) for b in held_out))
+        inputs = (stacking.place(b, member.parts["mesh"], stacked=False) for b in held_out)
+        held = evaluate(trainable, frozen.join(own, frozen.shared), inputs)
         if not math.isfinite(held["loss"]):
             _fail(member, step, held["loss"])
             continue
@@ -434,7 +370,7 @@ def _finish(members, state, clock):
     for i, member in enumerate(members):
         if member.failed:
             continue
-        summary = engine.summarise(member.run, _own(member, i, host), member.frozen_shapes, member.best, clock)
+        summary = engine.summarise(member.run, _own(member, i, host), member.shapes[1], member.best, clock)
         rate = summary["steps_per_second"]
         done[member.name] = summary | {"steps_per_second": rate and rate * len(members)}
     for member in members:
@@ -448,5 +384,4 @@ def _finish(members, state, clock):
 def _drop_oldest(member):
     """Leaves as many checkpoints as the config keeps."""
     for step in sorted(_saved_steps(member.run))[: -member.cfg["save"]["keep"]]:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(member.run.path / "checkpoints" / str(step))
+        shutil.rmtree(member.run.path / "checkpoints" / str(step))

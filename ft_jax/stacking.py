@@ -1,0 +1,87 @@
+"""Trees of many runs as one: stacked on a leading axis of members, padded with zeros, stepped by one ``vmap``."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ft_jax import train
+
+
+@dataclasses.dataclass
+class Frozen:
+    """The frozen half of all members: leaves that they share, leaves of their own stacked, by their place in the tree."""
+
+    structure: jax.tree_util.PyTreeDef
+    shared: dict
+    own: dict
+
+    def join(self, own, shared):
+        """The tree of one member from its ``own`` leaves and the ``shared`` ones."""
+        leaves = own | shared
+        return self.structure.unflatten([leaves[i] for i in range(len(leaves))])
+
+
+def place(x, mesh, stacked=True):
+    """A tree on the mesh: the leading axis of members over data where it divides them, otherwise whole."""
+
+    def sharding(leaf):
+        split = stacked and leaf.shape[0] % mesh.shape["data"] == 0
+        return NamedSharding(mesh, P("data") if split else P())
+
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding(leaf)), x)
+
+
+def _padded(x, shape):
+    out = np.zeros(shape, x.dtype)
+    out[tuple(slice(n) for n in x.shape)] = x
+    return out
+
+
+def stack(trees, mesh):
+    """Trees of one structure as one: every leaf padded with zeros at its ends to the largest, then stacked."""
+
+    def together(*leaves):
+        shape = tuple(max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True))
+        return np.stack([_padded(np.asarray(x), shape) for x in leaves])
+
+    return place(jax.tree.map(together, *trees), mesh)
+
+
+def cut(trees, i, shapes):
+    """The tree of member ``i`` out of a stack, without its padding: as large as ``shapes``."""
+    return jax.tree.map(lambda x, s: jnp.asarray(x[i][tuple(slice(n) for n in s.shape)]), trees, shapes)
+
+
+def stack_frozen(halves, mesh):
+    """The `Frozen` of the members' frozen halves: what is equal in all of them is kept once."""
+    shared, own = {}, {}
+    for i, leaves in enumerate(zip(*map(jax.tree.leaves, halves), strict=True)):
+        first = leaves[0]
+        if all(x is first or (x.shape == first.shape and bool((x == first).all())) for x in leaves):
+            shared[i] = place(first, mesh, stacked=False)
+        else:
+            own[i] = stack(leaves, mesh)
+    return Frozen(jax.tree.structure(halves[0]), shared, own)
+
+
+def step_of(cfg, objective, join, shardings):
+    """``step(carry, rates, own, shared, batch) -> (carry, metrics)`` of all members at once, compiled.
+
+    carry: (TrainState, alive bool) stacked, donated. rates: learning_rate, seed of each. batch: ``own`` stacked and
+    ``shared`` arrays. A member whose loss or gradient is not finite keeps its last state and is alive no longer.
+    """
+
+    def one(carry, rates, own, shared, batch):
+        state, alive = carry
+        tx, _ = train.optimizer(cfg, rates["learning_rate"])
+        step = train.make_step(objective, tx, cfg["accumulate"], rates["seed"])
+        new, metrics = step(state, join(own, shared), batch["own"] | batch["shared"])
+        alive = alive & jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        return (jax.tree.map(lambda a, b: jnp.where(alive, a, b), new, state), alive), metrics
+
+    every = jax.vmap(one, in_axes=(0, 0, 0, None, {"own": 0, "shared": None}))
+    return jax.jit(every, donate_argnums=0, out_shardings=(shardings, None))
