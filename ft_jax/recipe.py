@@ -35,7 +35,7 @@ def check_base(path, found, expected):
 
 def load(spec, rng):
     """The `Base` that the ``model`` group of a config names; ``rng`` draws the head leaves that its checkpoint lacks."""
-    head = {"head": spec.get("head") or None, "num_labels": spec.get("num_labels") or None}
+    head = {key: spec.get(key) or None for key in ("head", "num_labels", "label_ids")}
     model, params = hf.load(spec["path"], **head, rng=rng, dtype=spec.get("dtype", "float32"),
                             remat=spec.get("remat", "none"))  # fmt: skip
     # A head drawn at random differs in the last bit between devices; the base's identity is what was read.

@@ -14,7 +14,7 @@ from flax import struct
 from tqdm.auto import tqdm
 
 from ft_jax import parallel, recipe, registry, tree, updates
-from ft_jax.data import pipeline
+from ft_jax.data import pipeline, prompts
 from ft_jax.errors import UserError, nearest
 from ft_jax.io import hf, tokenizer
 from ft_jax.io.runs import Run
@@ -22,7 +22,8 @@ from ft_jax.io.runs import Run
 # Every key a train config may hold, with its default; configs/train.py says what each one means.
 DEFAULTS = {
     "seed": 0, "steps": 200, "batch_size": 16, "accumulate": 1, "objective": "classification",
-    "model": {"path": "minilm", "head": "", "num_labels": 0, "dtype": "float32", "remat": "none", "dropout": True},
+    "model": {"path": "minilm", "head": "", "num_labels": 0, "label_ids": (), "dtype": "float32", "remat": "none",
+              "dropout": True},
     "data": {},
     "method": {"name": "full", "kernels": (), "taps": (), "mask": "rules", "trainable": (), "freeze_layers": 0},
     "optimizer": {"name": "adamw", "learning_rate": 1e-5, "schedule": "linear", "warmup": 0.06, "clip": 1.0, "hp": {}},
@@ -32,7 +33,7 @@ DEFAULTS = {
     "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
 }  # fmt: skip
 OBJECTIVE_HEADS = {
-    "classification": ("classification", "prototype"), "causal_lm": ("lm",), "mlm": ("mlm",),
+    "classification": ("classification", "prototype", "label_words"), "causal_lm": ("lm",), "mlm": ("mlm",),
 }  # fmt: skip
 POSITIVE = ("steps", "batch_size", "accumulate", "eval.batch_size", "save.every", "save.keep", "log.every")
 NOT_NEGATIVE = (
@@ -212,6 +213,7 @@ def open_run(cfg, workdir, spare=0):
     cfg = complete(cfg)
     if cfg["objective"] == "classification" and not cfg["model"]["num_labels"]:
         cfg["model"]["num_labels"] = cfg["data"]["num_labels"]
+    prompts.fill(cfg)
     return cfg, Run(workdir, cfg, keep=cfg["save"]["keep"] + spare, tensorboard=cfg["log"]["tensorboard"])
 
 

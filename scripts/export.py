@@ -22,7 +22,7 @@ def export(workdir, form, out, which="best"):
     if form == "merged":
         hf.save(out, model, params, source=hf.resolve(spec))
     else:
-        _, base = hf.load(spec, head=model.config.head, num_labels=model.config.num_labels)
+        _, base = hf.load(spec, head=model.config.head, num_labels=model.config.num_labels, label_ids=model.config.label_ids)
         used = [rule for _, rule in recipe["method"].get("kernels") or ()]
         peft.save_adapter(out, model, params, spec, base=base, use_rslora=any("rslora" in rule for rule in used))
     print(f"wrote {out}")

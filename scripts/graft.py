@@ -26,7 +26,8 @@ from ft_jax.io import files, hf, runs, tokenizer
 from ft_jax.objectives import inputs_of
 from ft_jax.weights import graft
 
-OBJECTIVES = {"classification": "classification", "prototype": "classification", "lm": "causal_lm"}  # by head
+OBJECTIVES = {"classification": "classification", "prototype": "classification", "label_words": "classification",
+              "lm": "causal_lm"}  # by head  # fmt: skip
 HEADS = ("head/", "pooler/")
 
 
@@ -64,7 +65,7 @@ def of_run(args):
         raise UserError(f"{workdir}: the run is not finished; call its training command again")
     model, params, recipe = runs.load_run(workdir, args.which)
     folder = hf.resolve(recipe["model"]["path"])
-    _, base = hf.load(folder, head=model.config.head, num_labels=model.config.num_labels)
+    _, base = hf.load(folder, head=model.config.head, num_labels=model.config.num_labels, label_ids=model.config.label_ids)
     data = files.read_json(workdir / "config.json")["data"]
     return data, model, folder, base, masks.join_layers(jax.jit(kernels.merge)(params))
 
@@ -73,7 +74,7 @@ def of_folders(args):
     """The same of two model folders and a data source."""
     folder = hf.resolve(args.tuned)
     model, tuned = hf.load(folder)
-    _, base = hf.load(args.base, head=model.config.head, num_labels=model.config.num_labels)
+    _, base = hf.load(args.base, head=model.config.head, num_labels=model.config.num_labels, label_ids=model.config.label_ids)
     try:
         data = {"num_labels": model.config.num_labels, **json.loads(args.settings), "source": args.data}
     except (ValueError, TypeError) as error:

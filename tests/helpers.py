@@ -34,7 +34,8 @@ TASK_HEADS = {"encoder": "classification", "decoder": "lm"}
 def make_model(family="bert", head=None, num_labels=2, dtype="float32", remat="none", **changes):
     """A tiny Model; ``changes`` are keys of its config.json, head defaults to the family's task head."""
     config = models.config_from_hf({**CONFIGS[family], **changes}, head="none")
-    config = config.with_head(head or TASK_HEADS[config.kind], num_labels)
+    words = {"label_ids": tuple(range(FIRST, FIRST + num_labels)), "mask_id": MASK} if head == "label_words" else {}
+    config = config.with_head(head or TASK_HEADS[config.kind], num_labels, **words)
     return models.Model(config, dtype=dtype, remat=remat)
 
 

@@ -75,6 +75,10 @@ def test_a_wrong_config_is_one_line_that_names_the_key(cfg, words):
         ("data=procedural:parity(length=8,seed=1),method=head",
          {"data/source": "procedural:parity(length=8,seed=1)", "method/trainable": [["(head|pooler)/.*", True]]}),
         ("method=layers,data=a/b.jsonl", {"method/trainable": [["layers/.*", True]], "data/source": "a/b.jsonl"}),
+        ("data=bbc", {"data/num_labels": 5, "data/text_field": "text", "data/pair_field": "", "model/head": "classification"}),
+        ("data=rte", {"data/num_labels": 2, "data/pair_field": "pair", "data/template": ""}),
+        ("data=cb,prompt=encoder", {"data/num_labels": 3, "data/pair_field": "", "model/head": "label_words",
+                                    "data/template": "{text} ? [MASK] , {pair}", "data/label_words": ("Yes", "No", "Maybe")}),
         ("method=bitfit,objective=mlm", {"method/mask": "bitfit", "model/head": "mlm"}),
     ],
 )  # fmt: skip
@@ -93,6 +97,9 @@ def test_config_strings(text, expected):
         ("method=full(rank=2)", ["method 'full' takes no parameters", "rank"]),
         ("method=lora(rank=4", ["cannot read the method"]),
         ("method=lora(4)", ["cannot read '4'"]),
+        ("data=bcb,prompt=decoder", ["no prompt for the data 'bcb'", "nearest: 'cb'"]),
+        ("data=bbc,prompt=decodr", ["an encoder or a decoder, not for 'decodr'"]),
+        ("data=bbc,prompt=decoder,objective=causal_lm", ["prompt=decoder is for classification"]),
     ],
 )
 def test_a_wrong_config_string_is_one_line_with_the_nearest(text, words):

@@ -22,16 +22,19 @@ def template_fields(template):
 
 
 def render(fields, row, where):
-    """The template's text for a row; a field must hold text or a number."""
-    out = []
+    """``(text, [(start, end) of each field in it])`` of a template for a row; a field must hold text or a number."""
+    out, spans, length = [], [], 0
     for literal, field in fields:
         out.append(literal)
+        length += len(literal)
         if field is not None:
             value = _field(row, field, where)
             if not isinstance(value, str | int | float):
                 raise UserError(f"{where}: the template's field {field!r} holds a {type(value).__name__}, not text")
             out.append(str(value))
-    return _utf8("".join(out), "template", where)
+            spans.append((length, length + len(out[-1])))
+            length = spans[-1][1]
+    return _utf8("".join(out), "template", where), spans
 
 
 def _field(row, field, where):

@@ -6,7 +6,7 @@ import pathlib
 import grain
 import numpy as np
 
-from ft_jax.data import examples, files, packing, sources, tasks, tokenise
+from ft_jax.data import examples, files, packing, prompts, sources, tasks, tokenise
 from ft_jax.errors import UserError, nearest
 from ft_jax.io import assets
 
@@ -18,6 +18,7 @@ DEFAULTS = {
     "text_field": "text",
     "pair_field": "",  # second text of an encoder's pair
     "template": "",  # text made of named fields, "{question}\nAnswer:"; with completion_field it is the prompt
+    "label_words": (),  # model.head=label_words: a word for each label, at the template's [MASK] or after its end
     "prompt_field": "",  # causal LM: no loss on it
     "completion_field": "",
     "append_eos": True,  # causal LM: the end of a text is a target too
@@ -60,6 +61,7 @@ def settings(cfg):
         raise UserError(f"data settings shots {out['shots']} and limit {out['limit']} both choose the training examples: leave one out")
     if out["shots"] and not out["num_labels"]:
         raise UserError(f"data setting shots {out['shots']} counts examples of each class: set num_labels")
+    prompts.check(out)
     if out["prompt_field"] and not out["completion_field"]:
         raise UserError("data setting prompt_field needs completion_field: what is to be learnt after the prompt")
     if out["completion_field"] and not out["prompt_field"] and not out["template"]:
@@ -100,7 +102,7 @@ def _text(c):
     fields = examples.template_fields(c["template"]) if c["template"] else None
     if fields is None:
         return lambda row, where: examples.text_of(row, c["text_field"], where)
-    return lambda row, where: examples.render(fields, row, where)
+    return lambda row, where: examples.render(fields, row, where)[0]
 
 
 def _classification(tokenizer, c):
@@ -108,13 +110,15 @@ def _classification(tokenizer, c):
         raise UserError("classification needs num_labels of at least 1")
     if c["label_names"] and len(c["label_names"]) != c["num_labels"]:
         raise UserError(f"label_names has {len(c['label_names'])} names for num_labels {c['num_labels']}")
-    text = _text(c)
+    text, prompt = _text(c), prompts.encoder(tokenizer, c) if c["template"] and not c["pair_field"] else None
 
     def encode(rows, wheres):
-        texts = [text(row, where) for row, where in zip(rows, wheres)]
-        pairs = [examples.text_of(r, c["pair_field"], w) for r, w in zip(rows, wheres)] if c["pair_field"] else None
         labels = [examples.label_of(row, c["label_field"], c["num_labels"], c["label_names"], where)
                   for row, where in zip(rows, wheres)]
+        if prompt:
+            return [(ids, len(ids), label) for ids, label in zip(prompt(rows, wheres), labels)]
+        texts = [text(row, where) for row, where in zip(rows, wheres)]
+        pairs = [examples.text_of(r, c["pair_field"], w) for r, w in zip(rows, wheres)] if c["pair_field"] else None
         encoded = tokenizer.encodings(texts, pairs, max_length=c["max_length"])
         # Token types are 0, then 1 for a second text (always 0 in the RoBERTa family): where they begin says all.
         return [(e.ids, e.type_ids.index(1) if 1 in e.type_ids else len(e.ids), label)
@@ -235,7 +239,8 @@ def build(cfg, split, tokenizer, objective, vocab_size, cache_dir=None):
     c = settings(cfg)
     if objective not in OBJECTIVES:
         raise UserError(f"no objective called {objective!r}{nearest(objective, OBJECTIVES)}")
-    for name, owner in (("packing", "causal_lm"), ("completion_field", "causal_lm"), ("pair_field", "classification")):
+    for name, owner in (("packing", "causal_lm"), ("completion_field", "causal_lm"), ("pair_field", "classification"),
+                        ("label_words", "classification")):  # fmt: skip
         if c[name] and objective != owner:
             raise UserError(f"data setting {name} is for {owner}, not for {objective}")
     encode = OBJECTIVES[objective](tokenizer, c)
@@ -247,6 +252,8 @@ def build(cfg, split, tokenizer, objective, vocab_size, cache_dir=None):
                "label_names", "num_labels", "max_length")
     key = {"source": source.fingerprint, "tokenizer": tokenizer.fingerprint, "objective": objective, "limit": limit,
            **drawn, **{name: c[name] for name in decides}}
+    if objective == "classification" and c["template"]:
+        key |= {"shortened": "fields", "prompted": bool(c["label_words"])}
 
     def make():
         chosen = few(source, c, **drawn) if drawn else subset(len(source), limit)

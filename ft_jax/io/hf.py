@@ -77,11 +77,15 @@ def _from_hub(spec):
         ) from None
 
 
-def read_config(folder, head=None, num_labels=None):
+def read_config(folder, head=None, num_labels=None, label_ids=None):
     """The ``ModelConfig`` of a model folder; UserError says which file and what is supported."""
     folder = pathlib.Path(folder)
     try:
-        return config_from_hf(files.read_json(folder / "config.json"), head, num_labels)
+        config = config_from_hf(files.read_json(folder / "config.json"), head, num_labels, label_ids)
+        if config.head == "label_words" and config.kind == "encoder" and config.mask_id is None:
+            config = config.with_head(config.head, mask_id=tokenizer.load(folder).mask_id)
+        config.check()
+        return config
     except UserError as error:
         text = str(error)
         raise (error if str(folder) in text else UserError(f"{folder}/{text}")) from None
@@ -89,15 +93,16 @@ def read_config(folder, head=None, num_labels=None):
         raise UserError(f"{folder}/config.json: a value is not of its kind: {one_line(error)}") from None
 
 
-def load(spec, head=None, num_labels=None, rng=None, dtype="float32", remat="none"):
+def load(spec, head=None, num_labels=None, rng=None, dtype="float32", remat="none", label_ids=None):
     """``(Model, params)`` of a checkpoint: layers stacked, kernels ``[in, out]``, float32.
 
-    head: as in ``ModelConfig.head``; what the checkpoint's architecture names by default. Weights of a head that the
-    checkpoint lacks start at random (``rng``), which is said on stderr. UserError, before any tensor is read, for any
-    other missing tensor, for a shape that is not what config.json makes it, and for a corrupt file.
+    head: as in ``ModelConfig.head``; what the checkpoint's architecture names by default. label_ids: for label_words,
+    the token of each class (`data.prompts.label_ids` finds them). Weights of a head that the checkpoint lacks start at
+    random (``rng``), which is said on stderr. UserError, before any tensor is read, for any other missing tensor, for a
+    shape that is not what config.json makes it, and for a corrupt file.
     """
     folder = resolve(spec)
-    config = read_config(folder, head, num_labels)
+    config = read_config(folder, head, num_labels, label_ids)
     model = Model(config, dtype=dtype, remat=remat)
     checkpoint = safetensors.Checkpoint(folder)
     found, absent = _locate(config, checkpoint)
@@ -109,10 +114,10 @@ def load(spec, head=None, num_labels=None, rng=None, dtype="float32", remat="non
     return model, tree.nest(params)
 
 
-def missing_head(spec, head=None, num_labels=None):
+def missing_head(spec, head=None, num_labels=None, label_ids=None):
     """Paths of the head leaves that a checkpoint lacks: what `load` draws at random."""
     folder = resolve(spec)
-    return _locate(read_config(folder, head, num_labels), safetensors.Checkpoint(folder))[1]
+    return _locate(read_config(folder, head, num_labels, label_ids), safetensors.Checkpoint(folder))[1]
 
 
 def _locate(config, checkpoint):
@@ -131,6 +136,9 @@ def _locate(config, checkpoint):
             absent.append(row.path)
         else:
             missing.append(row.name)
+    if missing and (config.kind, config.head) == ("encoder", "label_words") and all(n.startswith(("cls.", "lm_head.")) for n in missing):
+        raise UserError(f"{checkpoint.path}: has no masked-LM head for label words to be read from; take an encoder that has "
+                        "one, or a decoder, or the head 'prototype'")
     if missing:
         more = f" (and {len(missing) - 1} more: {', '.join(missing[1:6])})" if len(missing) > 1 else ""
         raise UserError(f"{checkpoint.path}: no tensor {missing[0]!r}{nearest(missing[0], checkpoint.names)}{more}")
@@ -146,7 +154,7 @@ def _check_shape(config, checkpoint, name, row):
     if shape == row.shape:
         return
     hint = ""
-    if row.path in ("embed/tokens/embedding", "mlm/bias") or (config.head == "lm" and row.path == "head/kernel"):
+    if row.path in ("embed/tokens/embedding", "mlm/bias") or (config.weights_head == "lm" and row.path == "head/kernel"):
         hint = f" (vocab_size {config.vocab_size})"
     elif row.path.startswith("head/"):
         hint = f" (num_labels {config.num_labels})"

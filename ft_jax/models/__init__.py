@@ -39,6 +39,7 @@ class Model:
         for key, table in (("dtype", DTYPES), ("remat", REMAT)):
             if getattr(self, key) not in table:
                 raise UserError(f"{key} {getattr(self, key)!r} is not supported{nearest(getattr(self, key), table)}")
+        self.config.check()
 
     def _module(self, capture=()):
         for site in capture:
@@ -58,8 +59,8 @@ class Model:
         out, seen = self._module(capture).apply({"params": params}, inputs, rng)
         return (out, seen) if capture else out
 
-    def with_head(self, head, num_labels=None):
-        return dataclasses.replace(self, config=self.config.with_head(head, num_labels))
+    def with_head(self, head, num_labels=None, label_ids=None, mask_id=None):
+        return dataclasses.replace(self, config=self.config.with_head(head, num_labels, label_ids, mask_id))
 
     def init(self, rng):
         """Random float32 parameters of this shape."""

@@ -14,9 +14,10 @@ ROPE_KEYS = {  # rope type -> (required, optional) keys of its scaling
 }
 ROPE_NEUTRAL = (("partial_rotary_factor", 1.0), ("truncate", True))  # what goes without saying
 HEADS = {
-    "encoder": ("none", "pooled", "prototype", "classification", "mlm"),
-    "decoder": ("none", "pooled", "prototype", "classification", "lm"),
+    "encoder": ("none", "pooled", "prototype", "classification", "label_words", "mlm"),
+    "decoder": ("none", "pooled", "prototype", "classification", "label_words", "lm"),
 }
+LANGUAGE_HEADS = {"encoder": "mlm", "decoder": "lm"}  # whose weights label_words reads
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -56,6 +57,8 @@ class ModelConfig:
     norm_eps: float
     head: str = "none"
     num_labels: int = 2
+    label_ids: tuple[int, ...] = ()  # label_words: the token of each class
+    mask_id: int | None = None  # label_words of an encoder: the token whose place is read
     pad_token_id: int | None = None
     type_vocab_size: int = 0
     tie_embeddings: bool = False
@@ -74,14 +77,42 @@ class ModelConfig:
     def kind(self):
         return "encoder" if self.family in ENCODERS else "decoder"
 
-    def with_head(self, head, num_labels=None):
+    @property
+    def weights_head(self):
+        """The head whose weights this one has: label words read a language model's."""
+        return LANGUAGE_HEADS[self.kind] if self.head == "label_words" else self.head
+
+    def with_head(self, head, num_labels=None, label_ids=None, mask_id=None):
+        """The same model with another head; ``label_ids`` and ``mask_id`` are for label_words, kept if not given."""
         if head not in HEADS[self.kind]:
             raise UserError(f"a {self.family} model has no head {head!r}{nearest(head, HEADS[self.kind])}")
-        return dataclasses.replace(self, head=head, num_labels=num_labels or self.num_labels)
+        words = {"label_ids": (), "mask_id": None}
+        if head == "label_words":
+            words["label_ids"] = tuple(label_ids or self.label_ids)
+            if self.kind == "encoder":
+                words["mask_id"] = self.mask_id if mask_id is None else mask_id
+            if num_labels and words["label_ids"] and num_labels != len(words["label_ids"]):
+                raise UserError(f"num_labels is {num_labels} but label_ids names {len(words['label_ids'])} tokens")
+            num_labels = len(words["label_ids"]) or num_labels
+        return dataclasses.replace(self, head=head, num_labels=num_labels or self.num_labels, **words)
+
+    def check(self):
+        """UserError for label words that cannot be read."""
+        if self.head != "label_words":
+            return
+        if not self.label_ids:
+            raise UserError("head 'label_words' needs label_ids, the token of each class")
+        for i, token in enumerate(self.label_ids):
+            if not 0 <= token < self.vocab_size:
+                raise UserError(f"label_ids: token {token} of class {i} is outside the vocabulary of {self.vocab_size}")
+            if token in self.label_ids[:i]:
+                raise UserError(f"label_ids: class {i} has the same token {token} as class {self.label_ids.index(token)}")
+        if self.kind == "encoder" and self.mask_id is None:
+            raise UserError("head 'label_words' of an encoder needs mask_id, and its tokenizer has no mask token")
 
 
-def config_from_hf(raw, head=None, num_labels=None):
-    """``ModelConfig`` of a config.json dict; head defaults to what ``architectures`` names.
+def config_from_hf(raw, head=None, num_labels=None, label_ids=None):
+    """``ModelConfig`` of a config.json dict; head and label_ids default to what it names.
 
     Raises UserError for an unsupported ``model_type``, activation, rope or position scheme, or a missing key.
     """
@@ -94,8 +125,10 @@ def config_from_hf(raw, head=None, num_labels=None):
         raise UserError(f"config.json: key {error.args[0]!r} is missing (model_type {family!r})") from None
     if config.hidden_size % config.num_heads and "head_dim" not in raw:
         raise UserError(f"config.json: hidden_size {config.hidden_size} is not a multiple of {config.num_heads} heads")
-    labels = num_labels or len(raw.get("id2label") or {}) or raw.get("num_labels") or 2
-    return config.with_head(head or _head_of(raw, family), labels)
+    head, own = head or _head_of(raw, family), raw.get("ft_jax", {})
+    if head == "label_words":
+        return config.with_head(head, num_labels, label_ids or own.get("label_ids"), own.get("mask_id"))
+    return config.with_head(head, num_labels or len(raw.get("id2label") or {}) or raw.get("num_labels") or 2)
 
 
 def _head_of(raw, family):
@@ -192,10 +225,13 @@ def config_to_hf(config):
     """The config.json dict to write: ``raw`` with the head, labels and vocabulary as they are now."""
     known = ARCHITECTURES[config.family]
     raw = {**config.raw, "model_type": config.family, "vocab_size": config.vocab_size,
-           "architectures": [known.get(config.head, known["none"])]}  # fmt: skip
+           "architectures": [known.get(config.weights_head, known["none"])]}  # fmt: skip
     raw.pop("ft_jax", None)
     if config.head not in known:
         raw["ft_jax"] = {"head": config.head}
+    if config.head == "label_words":
+        raw["ft_jax"] |= {"label_ids": list(config.label_ids)}
+        raw["ft_jax"] |= {"mask_id": config.mask_id} if config.kind == "encoder" else {}
     if config.head in ("classification", "prototype"):
         labels = raw.get("id2label") or {}
         if len(labels) != config.num_labels:

@@ -30,7 +30,7 @@ def names(config):
             out[f"layers/{path}/bias"] = f"{layer}{name}.bias"
     if config.qk_norm:
         out |= {f"layers/attn/{n}_norm/scale": f"{layer}self_attn.{n}_norm.weight" for n in "qk"}
-    if config.head == "lm" and not config.tie_embeddings:
+    if config.weights_head == "lm" and not config.tie_embeddings:
         out["head/kernel"] = "lm_head.weight"
     if config.head == "classification":
         out["head/kernel"] = "score.weight"
@@ -137,10 +137,13 @@ class Decoder(nn.Module):
             y = L.mean_pool(x, real)
             return y if c.head == "pooled" else L.Dense(c.num_labels, name="head")(y)
         if c.head == "classification":  # read off the last real token, as transformers does
-            last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
-            y = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-            return L.Dense(c.num_labels, False, name="head")(y).astype(jnp.float32)
-        if c.tie_embeddings:
-            table = self.variables["params"]["embed"]["tokens"]["embedding"]
+            return L.Dense(c.num_labels, False, name="head")(L.at(x, L.last_real(real))).astype(jnp.float32)
+        table = self.variables["params"]["embed"]["tokens"]["embedding"] if c.tie_embeddings else None
+        if c.head == "label_words":  # the next token after the prompt
+            x = L.at(x, L.last_real(real))
+            if table is None:
+                return L.Columns(c.vocab_size, c.label_ids, name="head")(x).astype(jnp.float32)
+            table = table[jnp.asarray(c.label_ids)]
+        if table is not None:
             return (x @ table.T.astype(x.dtype)).astype(jnp.float32)
         return L.Dense(c.vocab_size, False, name="head")(x).astype(jnp.float32)

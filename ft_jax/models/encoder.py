@@ -43,7 +43,7 @@ def names(config):
     """``{our path: checkpoint name}`` for this family and head; one table, read both ways."""
     prefix = config.family + "."
     modules = {path: prefix + name for path, name in _LAYER.items()}
-    modules |= _PROTOTYPE if config.head == "prototype" else _HEADS[config.family].get(config.head, {})
+    modules |= _PROTOTYPE if config.head == "prototype" else _HEADS[config.family].get(config.weights_head, {})
     out = {path: prefix + name for path, name in _EMBED.items()}
     for path, name in modules.items():
         if path == "mlm/bias":
@@ -138,10 +138,10 @@ class Encoder(nn.Module):
         layer = Layer(c, self.capture, parent=None)
         stacks = L.stacked_params(self, layer, c.num_layers, x, allowed, (), None)
         x, seen = L.run_layers(layer, stacks, x, allowed, (), rng_layers, self.remat)
-        y = tap("logits", self.head(x, real, rng_head))
+        y = tap("logits", self.head(x, inputs["input_ids"], real, rng_head))
         return y, {**seen, **tap.seen}
 
-    def head(self, x, real, rng):
+    def head(self, x, ids, real, rng):
         c = self.config
         if c.head == "none":
             return x
@@ -153,10 +153,14 @@ class Encoder(nn.Module):
             y = jnp.tanh(L.Dense(c.hidden_size, name="pooler")(y))
             return L.Dense(c.num_labels, name="head")(L.dropout(y, c.hidden_dropout, rng)).astype(jnp.float32)
         table = self.variables["params"]["embed"]["tokens"]["embedding"]
+        if c.head == "label_words":
+            x = L.at(x, jnp.argmax((ids == c.mask_id) & real, axis=1))
         return MaskedLM(c, name="mlm")(x, table).astype(jnp.float32)
 
 
 class MaskedLM(nn.Module):
+    """LN(activation(x W + b)) E^T + bias over the vocabulary, or over the label words alone."""
+
     config: ModelConfig
 
     @nn.compact
@@ -164,4 +168,7 @@ class MaskedLM(nn.Module):
         c = self.config
         y = L.ACTIVATION_FNS[c.activation](L.Dense(c.hidden_size, name="dense")(x))
         y = L.LayerNorm(c.norm_eps, name="norm")(y)
-        return y @ table.T.astype(y.dtype) + L.weight(self, "bias", nn.initializers.zeros, (c.vocab_size,))
+        bias = L.weight(self, "bias", nn.initializers.zeros, (c.vocab_size,))
+        if c.head == "label_words":
+            table, bias = (w[jnp.asarray(c.label_ids)] for w in (table, bias))
+        return y @ table.T.astype(y.dtype) + bias

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft_jax.kernels.base import dot
+from ft_jax.kernels.base import Kernel, dot
 
 ACTIVATION_FNS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -43,6 +43,18 @@ class Dense(nn.Module):
         if self.use_bias:
             y = y + weight(self, "bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y
+
+
+class Columns(nn.Module):
+    """The columns ``ids`` of x W, without the others where W is a plain array."""
+
+    features: int
+    ids: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        kernel, ids = weight(self, "kernel", INIT, (x.shape[-1], self.features)), jnp.asarray(self.ids)
+        return dot(kernel, x)[..., ids] if isinstance(kernel, Kernel) else dot(kernel[:, ids], x)
 
 
 class Embed(nn.Module):
@@ -170,6 +182,16 @@ def mean_pool(x, mask):
     weights = mask.astype(jnp.float32)[..., None]
     mean = (x.astype(jnp.float32) * weights).sum(1) / jnp.maximum(weights.sum(1), 1e-9)
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+
+
+def at(x, places):
+    """[B,T,D], places [B] -> [B,D]."""
+    return jnp.take_along_axis(x, places[:, None, None], axis=1)[:, 0]
+
+
+def last_real(real):
+    """[B]: the place of the last real token, on whichever side the padding is."""
+    return real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
 
 
 def real_tokens(inputs):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from ft_jax.data import pipeline, prompts, templates
 from ft_jax.io import hf, safetensors, tokenizer
 from ft_jax.models import config_from_hf
 
@@ -135,6 +136,30 @@ def test_saved_folder_loads_in_transformers(case, tmp_path):
     assert again.dtype == torch.float32
 
 
+@pytest.mark.parametrize("case", ["bert-mlm", "roberta-mlm", "llama2", "llama3", "mistral-window"])
+def test_label_words(case, tmp_path):
+    """Label words are transformers' logits at the mask token or after the last one, of the words' ids alone."""
+    theirs = random_model(case)
+    theirs.save_pretrained(tmp_path)
+    model, params = hf.load(tmp_path)
+    chosen, mask_id = (11, 96, 3, 40), 4
+    words = model.with_head("label_words", label_ids=chosen, mask_id=mask_id)
+    apply, errors = jax.jit(words.apply), []
+    for side in ("right", "left"):
+        ids, mask = batch(97, theirs.config.pad_token_id, side)
+        places = np.array([np.flatnonzero(row)[-1] for row in mask])
+        if words.config.kind == "encoder":
+            places = np.array([np.flatnonzero(row)[1 + i] for i, row in enumerate(mask)])
+            ids[np.arange(3), places] = mask_id
+        with torch.no_grad():
+            want = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()[np.arange(3), places]
+        got = np.asarray(apply(params, {"input_ids": ids.astype(np.int32), "attention_mask": mask.astype(np.int32)}))
+        assert np.std(want) > 1e-2 and got.shape == (3, 4)
+        errors.append(np.abs(got - want[:, chosen]).max())
+    print(case, "label words", [f"{e:.1e}" for e in errors])
+    assert max(errors) < 1e-4
+
+
 @pytest.mark.parametrize("case", ["llama2-linear", "llama3", "qwen2-yarn"])
 def test_old_rope_spelling(case, tmp_path):
     """``rope_theta`` + ``rope_scaling`` with ``type`` means what ``rope_parameters`` means."""
@@ -203,3 +228,17 @@ def test_smollm2(real_model, tmp_path):
     assert error < TOLERANCE
     prompt = np.array(tok.encode_batch(["The capital of France is Paris, and the capital of Italy is"]))
     assert tok.decode([np.asarray(model.apply(params, {"input_ids": prompt}))[0, -1].argmax()]) == " Rome"
+
+    c = templates.settings("rotten_tomatoes", "decoder", max_length=32)
+    words = model.with_head("label_words", label_ids=prompts.label_ids(tok, "decoder", c))
+    assert [tok.decode([i]) for i in words.config.label_ids] == [f" {word}" for word in c["label_words"]]
+    encoded = prompts.encoder(tok, pipeline.settings(c))([{"text": "a fine film"}, {"text": "dull " * 40}], ["row 1", "row 2"])
+    assert [len(row) for row in encoded][1] == 32 and all(tok.decode(row).endswith(" It was") for row in encoded)
+    ids = np.array([row + [2] * (32 - len(row)) for row in encoded])
+    mask = np.array([[1] * len(row) + [0] * (32 - len(row)) for row in encoded])
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+    want = want[[0, 1], mask.sum(1) - 1][:, words.config.label_ids]
+    got = np.asarray(words.apply(params, {"input_ids": ids, "attention_mask": mask}))
+    print(f"smollm2 label words {np.abs(got - want).max():.1e}")
+    assert np.abs(got - want).max() < 1e-4
