@@ -112,7 +112,7 @@ def lottery(context, bench, task, method, spec):
 
     Beside them, trained for as many steps: the graft, and the biases of the base (BitFit).
     """
-    opened, rate = world.view(context, bench, task), sweep.rate_of(context, bench, task, method)
+    opened, rate = world.view(context, bench, task), sweep.rate_of(context, bench, method)
     out = {}
     for seed in bench.runs[task][method][: spec["seeds"]]:
         full, rows, data = world.tuned(context, bench, task, method, seed), [], opened.train(seed)

@@ -27,20 +27,21 @@ def directions(base, tuned):
     out = {}
     for path in tqdm([p for p in first if p.startswith("layers/") and p.endswith("/kernel")], desc="directions", unit="stack", leave=False):
         cosine = spectral.intruder_dimensions(first[path], second[path], k=K, eps=EPS)["max_cosine"]
-        for layer, w in enumerate(np.asarray(second[path], np.float64)):
-            v, sigma, u = np.linalg.svd(w, full_matrices=False)
+        for layer, w in enumerate(np.asarray(second[path], np.float32)):
+            sigma, u = spectral.top_left(w, K)
+            v = w @ u / np.maximum(sigma, np.finfo(np.float32).tiny)
             low = cosine[layer] < EPS
             rest = np.flatnonzero(~low)
             newest = int(np.argmin(cosine[layer]))
             sets = {"intruders": np.flatnonzero(low), "newest": np.array([newest]), "neighbours": rest[: low.sum()],
                     "control": rest[rest != newest][:1]}  # fmt: skip
-            out[path, layer] = {"u": u[:K].T, "v": v[:, :K], "sigma": sigma[:K], "cosine": cosine[layer], "sets": sets}
+            out[path, layer] = {"u": u, "v": v, "cosine": cosine[layer], "sets": sets}
     return out
 
 
 def component(change, found, name, sides):
     """The part of Δ ``{path: [layers, d_in, d_out]}`` in a set's span: P_V Δ P_U with ``sides`` 2, Δ P_U with 1."""
-    out = {p: np.zeros(c.shape, np.float64) for p, c in change.items()}
+    out = {p: np.zeros(c.shape, np.float32) for p, c in change.items()}
     for (path, layer), d in found.items():
         chosen = d["sets"][name]
         if len(chosen):
@@ -94,7 +95,8 @@ def _one(context, bench, opened, task, method, seed):
         for sides in (1, 2):
             row[f"inside_{sides}"] = shares(changes, found, name, sides)
             part = component(delta, found, name, sides)
-            row[f"holds_{sides}"] = _holds(delta, part, mask, chance, size)
+            if sides == 2:
+                row["holds_2"] = _holds(delta, part, mask, chance, size)
             if name == "intruders" or (name == "newest" and not out["intruders"]):
                 row[f"keeps_{sides}"] = _keeps(opened, delta, part)
         out["sets"][name] = row

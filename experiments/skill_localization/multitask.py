@@ -21,7 +21,7 @@ def region_path(context, task, seed):
 def train(context, bench, spec):
     """One encoder trained on all tasks in turn, each under its own frozen head; {seed: {task: accuracy}} beside the base's."""
     views, method = {t: world.view(context, bench, t) for t in spec["tasks"]}, spec["method"]
-    rate = min(sweep.rate_of(context, bench, t, method) for t in views)
+    rate = sweep.rate_of(context, bench, method)
     out = {"base": {t: v.accuracy(v.base) for t, v in views.items()}, "learning_rate": rate, "method": method, "seeds": {}}
     some = next(iter(views.values()))
     for seed in spec["seeds"]:
@@ -117,7 +117,7 @@ def purify(context, bench, spec):
         for name, gate in (("region", mask), ("random", chance)):
             start = graft.apply_graft(opened.base, full, gate)
             found, losses = world.fit([(opened, world.shots(opened.train(seed), bench.batch_size, seed))], start, gate,
-                                      method=spec["method"], rate=sweep.rate_of(context, bench, task, spec["method"]),
+                                      method=spec["method"], rate=sweep.rate_of(context, bench, spec["method"]),
                                       steps=spec["purify_steps"], label=f"purify {task} s{seed}")  # fmt: skip
             row[name] = {"before": opened.accuracy(start), "after": opened.accuracy(found), "loss": [losses[0], losses[-1]]}
         out.setdefault(task, {})[str(seed)] = row
@@ -142,7 +142,7 @@ def continual(context, bench, spec, first, second):
         rows = {}
         for name, (start, gate) in runs.items():
             found, _ = world.fit([(b, world.shots(b.train(seed), bench.batch_size, seed))], world.with_layers(b.base, start), gate,
-                                 method=method, rate=spec["rate_scale"] * sweep.rate_of(context, bench, second, method),
+                                 method=method, rate=spec["rate_scale"] * sweep.rate_of(context, bench, method),
                                  steps=spec["steps"], label=f"{second} {name} s{seed}")  # fmt: skip
             rows[name] = {
                 "before": a.accuracy(start), "first": a.accuracy(world.with_layers(a.base, found)), "second": b.accuracy(found),

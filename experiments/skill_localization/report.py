@@ -56,9 +56,10 @@ def fine_tuning(context):
     bench = first_bench(context)
     said = (f"Accuracy on {bench.test_limit or 'all'} held-out examples, mean ± standard deviation over seeds ({max(r['seeds'] for r in rows)} at most). "
             "Agreement is the share of equal answers of the learnt graft and the fine-tuned model.")  # fmt: skip
-    tuned = [(t, v["rows"], v["chosen"]) for t in bench.tasks if (v := context.get(f"tune_{t}"))]
-    rates = "; ".join(f"{t.replace('_', ' ')} {chosen:g}" for t, rows_, chosen in tuned)
-    note = f"SGD's learning rate was chosen for each task on its validation shots after a few steps: {rates}." if rates else ""
+    tuned = context.get(f"tune_{bench.name}")
+    note = "" if not tuned else (
+        f"SGD's learning rate, {tuned['chosen']:g}, had the lowest validation loss on {tuned['task'].replace('_', ' ')} after {tuned['steps']} steps: "
+        + ", ".join(f"{r['rate']:g} {'diverged' if r['loss'] is None else format(r['loss'], '.3f')}" for r in tuned["rows"]) + ".")  # fmt: skip
     return ("Fine-tuning and its graft", [said, page.table(rows, columns), *([note] if note else [])])
 
 

@@ -16,9 +16,9 @@ def parts(setting):
         out[name] = functools.partial(_call, fn, bench, args, more)
 
     for prefix, each in (("", bench), *((f"{b.name}_", b) for b in others)):
+        if each.sgd_rates:
+            add(f"tune_{each.name}", sweep.tune, each.main, bench=each)
         for task, methods in each.runs.items():
-            if each.sgd_rates and "sgd" in methods:
-                add(f"tune_{prefix}{task}", sweep.tune, task, bench=each)
             for method in methods:
                 add(f"train_{prefix}{task}_{method}", sweep.runs, task, method, bench=each)
                 curve = task == each.main and not method.startswith("lora")

@@ -21,7 +21,10 @@ def config(context, bench, task, method, seed, rate, steps=None):
 
 
 def tune(context, bench, task):
-    """SGD's learning rate for a task (heads differ in steepness): lowest loss on the first seed's validation shots, none of the test."""
+    """SGD's learning rate, once, on the first task: lowest loss on the first seed's validation shots, none of the test.
+
+    Clipped gradients make a step as long whatever the head's steepness, so that the other tasks can take it over.
+    """
     seed = bench.runs[task]["sgd"][0]
     configs = {f"{bench.name}-{task}-tune-{rate:g}": config(context, bench, task, "sgd", seed, rate, bench.tune_steps) for rate in bench.sgd_rates}
     done = population.train(configs, context.workdir / "runs", label="learning rate")
@@ -35,14 +38,14 @@ def tune(context, bench, task):
     return {"task": task, "steps": bench.tune_steps, "rows": rows, "chosen": min(fit, key=lambda r: r["loss"])["rate"]}
 
 
-def rate_of(context, bench, task, method):
+def rate_of(context, bench, method):
     """A method's learning rate: the tuned one for SGD where the bench tunes it."""
-    return context.value(f"tune_{task}")["chosen"] if method == "sgd" and bench.sgd_rates else bench.rates[method]
+    return context.value(f"tune_{bench.name}")["chosen"] if method == "sgd" and bench.sgd_rates else bench.rates[method]
 
 
 def runs(context, bench, task, method):
     """Trains every seed; {seed: summary}. A run that diverged fails the part: the graft of half the seeds misleads."""
-    rate, seeds = rate_of(context, bench, task, method), bench.runs[task][method]
+    rate, seeds = rate_of(context, bench, method), bench.runs[task][method]
     configs = {world.run_name(bench, task, method, seed): config(context, bench, task, method, seed, rate) for seed in seeds}
     done = population.train(configs, context.workdir / "runs", label=f"{task} {method}")
     if failed := {name: s["failed"] for name, s in done.items() if "failed" in s}:

@@ -165,18 +165,25 @@ def learn(bench, opened, tuned_params, sparsity, seed, label, data=None):
 # Short training loops with a gate
 
 
-@functools.lru_cache(maxsize=16)
-def _stepper(model, method, rate, steps):
+def _optimiser(method, rate, steps):
     opt = METHODS[method][1]
-    tx, _ = updates.build(opt["name"], learning_rate=rate, steps=steps, schedule_name=opt["schedule"], warmup=opt["warmup"],
-                          clip=opt["clip"])  # fmt: skip
+    return updates.build(opt["name"], learning_rate=rate, steps=steps, schedule_name=opt["schedule"], warmup=opt["warmup"],
+                         clip=opt["clip"])[0]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)
+def _stepper(model, method, steps):
+    """``step(state, frozen, batch, rate)``, compiled once for all rates (and all lengths of a constant schedule)."""
     fn = registry.get("objective", "classification").fn
 
     def objective(params, batch, rng):
         moving = {p: jnp.where(params["gate"][p], x, jax.lax.stop_gradient(x)) for p, x in params["theta"].items()}
         return fn(lambda p, inputs, _: model.apply(p, inputs), tree.nest({**params["rest"], **moving}), batch, rng)
 
-    return tx, jax.jit(train.make_step(objective, tx, 1, 0), donate_argnums=0)
+    def step(state, frozen, batch, rate):
+        return train.make_step(objective, _optimiser(method, rate, steps), 1, 0)(state, frozen, batch)
+
+    return jax.jit(step, donate_argnums=0)
 
 
 def fit(lanes, start, gate, *, method, rate, steps, label):
@@ -189,13 +196,14 @@ def fit(lanes, start, gate, *, method, rate, steps, label):
     theta = {p: jnp.array(flat[p], copy=True) for p in gate}  # the step takes its memory
     frozen = [{"theta": dict.fromkeys(gate), "gate": {p: jnp.asarray(m) for p, m in gate.items()},
                "rest": {p: x for p, x in tree.flatten(v.base).items() if p not in gate}} for v, _ in lanes]  # fmt: skip
-    steppers = [_stepper(v.model, method, rate, steps) for v, _ in lanes]
+    constant = METHODS[method][1]["schedule"] == "constant"
+    steppers = [_stepper(v.model, method, 1 if constant else steps) for v, _ in lanes]
     trainable = {"theta": theta, "gate": dict.fromkeys(gate), "rest": dict.fromkeys(frozen[0]["rest"])}
-    state, losses = train.TrainState(jnp.zeros((), jnp.int32), trainable, steppers[0][0].init(trainable)), []
+    state, losses = train.TrainState(jnp.zeros((), jnp.int32), trainable, _optimiser(method, rate, steps).init(trainable)), []
     for i in tqdm(range(steps), desc=label, unit="step", leave=False):
         lane = i % len(lanes)
         batch = next(lanes[lane][1])
-        state, metrics = steppers[lane][1](state, frozen[lane], {**inputs_of(batch), "label": batch["label"]})
+        state, metrics = steppers[lane](state, frozen[lane], {**inputs_of(batch), "label": batch["label"]}, rate)
         losses.append(metrics["loss"])
     return tree.nest({**flat, **state.trainable["theta"]}), [float(x) for x in losses]
 

@@ -33,7 +33,7 @@ def tiny(tmp_path):
         held = str(folders.write_rows(tmp_path / f"{name}-held.jsonl", make(rng, 60)))
         tasks[name] = {"source": str(folders.write_rows(tmp_path / f"{name}.jsonl", make(rng, 90))), "num_labels": 2, "max_length": 8,
                        "splits": {"validation": held, "test": held}, "shots": 16}  # fmt: skip
-    graft_ = settings._graft(magnitude=(1e-2, 1e-1), random=(1e-1,), learned={"sgd": (1e-3,)}, region=5e-2, steps=2, examples=16, micro=8)
+    graft_ = settings._graft(magnitude=(1e-2, 1e-1), random=(1e-1,), learned={"sgd": (1e-4,)}, region=5e-2, steps=2, examples=16, micro=8)
     common = {"batch_size": 8, "eval_batch": 20, "test_limit": 40, "validation_limit": 20, "head_examples": 60, "graft": graft_}
     rates = {"adamw": 3e-3, "adamw_l1": 3e-3, "lora_r1": 3e-1, "sgd": 0.3}
     encoder = settings.Bench(
@@ -81,6 +81,12 @@ def test_every_claim_has_a_row_and_a_verdict(done):
         assert words in said
     assert {r["verdict"] for r in rows} <= {claims.HOLDS, claims.FAILS, claims.OPEN}
     assert all(set(r) == {"claim", "paper", "ours", "verdict", "why"} for r in rows)
+
+
+def test_a_claim_without_a_measurement_says_so(done, tmp_path):
+    context, _, _ = done
+    rows = claims.rows(shared.Context(context.setting, tmp_path))
+    assert {r["verdict"] for r in rows} == {claims.OPEN} and len(rows) == len(claims.MADE)
 
 
 def test_a_second_call_computes_nothing(done, monkeypatch):
