@@ -7,18 +7,22 @@ import pathlib
 import re
 from collections import Counter
 
+import numpy as np
 import tqdm
 
-from ft_jax.analysis import spectral
+from ft_jax.analysis import certify, change, spectral, topk
 from ft_jax.errors import UserError, nearest
 from ft_jax.io import files
 from ft_jax.io.adapted import Adapted
 from ft_jax.io.safetensors import READABLE, Checkpoint
+from ft_jax.kernels import LowRank
 
 # Embeddings and heads: what maps ids to vectors and vectors to answers is no part of the published count.
 EXCLUDE = (r"(^|\.)((\w+_)?embeddings?|embed_\w+|wte|wpe|shared|relative_attention_bias|pooler|cls|classifier|"
            r"pre_classifier|prototype|classification_head|lm_head|score|qa_outputs|heads?|vocab_\w+|\w+_predictions)(\.|$)")
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # these store matrices [in, out]
+ENGINES = ("auto", "exact", "fast", "certified")
+CACHED_SIDE = 2048  # largest smaller side whose base is factorised in full, once, when the engine is left to choose
 _REOPEN = 64 << 20  # bytes read through a memory map before it is dropped, pages and all
 
 
@@ -61,7 +65,8 @@ def _aligned(base, tuned):
     return max(options, key=len)  # the first of the longest: the empty prefix where names are equal
 
 
-def _checkpoint(source):
+def opened(source):
+    """Reader of a checkpoint folder or file, or of an `Adapted` one."""
     return source.checkpoint() if isinstance(source, Adapted) else Checkpoint(source)
 
 
@@ -115,7 +120,7 @@ def plan(base, tuned, include=None, exclude=EXCLUDE):
     another shape or an unreadable kind, before anything is computed.
     """
     kind, hidden = _model_type(base, tuned)
-    first, second = _checkpoint(base), _checkpoint(tuned)
+    first, second = opened(base), opened(tuned)
     include = _regex(include, "include") if include else None
     exclude = _regex(exclude, "exclude") if exclude else None
     partner = _aligned(first.names, second.names)
@@ -182,16 +187,51 @@ def _kept(path, header):
     return rows
 
 
-def _rows_of(pair, base, tuned, k):
-    """The rows of one tensor: one, or one an expert."""
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How matrices are measured; see `compare`."""
+
+    k: int = 10
+    eps: float = 0.5
+    engine: str = "exact"
+    effective_rank: bool = False
+
+    def of(self, shape):
+        """The engine for one matrix."""
+        if self.engine == "exact" or min(shape) < topk.MIN_SIDE:
+            return "exact"
+        if self.engine == "auto":
+            return "fast" if min(shape) <= CACHED_SIDE else "certified"
+        return self.engine
+
+
+def _measured(base, tuned, how):
+    """The numbers of one ``[in, out]`` matrix, ready for JSON."""
+    engine = how.of(base.shape)
+    if engine == "exact":
+        return {n: x.tolist() for n, x in spectral.spectral(base, tuned, k=how.k).items() if n != "intruders"} | {
+            "engine": engine, "fell_back": 0}  # fmt: skip
+    exact = True if how.effective_rank else None
+    if engine == "fast":
+        out = topk.intruders(base, tuned, k=how.k, eps=how.eps, sweep=spectral.EPS_SWEEP)
+        ends = {}
+        fell = int(out["fell_back"]) * len(out["max_cosine"])
+    else:
+        out = certify.intruders(base, tuned, k=how.k, eps=how.eps)
+        ends = {f"max_cosine_{end}": out[end].tolist() for end in ("lower", "upper")}
+        fell = out["fell_back"]
+    found = {name: out[name].tolist() for name in ("max_cosine", "singular_values")}
+    return found | change.change(base, tuned, exact=exact) | ends | {"engine": engine, "fell_back": fell}
+
+
+def _rows_of(pair, base, tuned, how):
+    """The rows of one tensor: one, or one an expert; base and tuned are arrays or kernels ``[…, in, out]``."""
     stack = len(pair.shape) == 3
-    flip = (lambda x: x) if pair.in_out else (lambda x: x.swapaxes(-1, -2))
-    try:
-        out = spectral.spectral(flip(base), flip(tuned), k=k)
-    except UserError as error:
-        raise UserError(f"{pair.name}: {error}") from None
     for i in range(pair.shape[0] if stack else 1):
-        one = {name: (value[i] if stack else value).tolist() for name, value in out.items() if name != "intruders"}
+        try:
+            one = _measured(*((base[i], tuned[i]) if stack else (base, tuned)), how)
+        except UserError as error:
+            raise UserError(f"{pair.name}: {error}") from None
         if one["delta_norm_relative"] == float("inf"):
             one["delta_norm_relative"] = None  # the base matrix is zero
         name = f"{pair.name}[{i}]" if stack else pair.name
@@ -200,37 +240,55 @@ def _rows_of(pair, base, tuned, k):
         yield {"name": name, **same, "shape": list(pair.shape[-2:]), "layer": layer, "kind": kind, **one}
 
 
-def stream(base, tuned, pairs, journal, *, k=10, progress=True):
+def _read(first, second, pair, how):
+    """``(base, tuned)`` as ``[…, in, out]``; what an adapter changes comes as W0 + A B unless all is to be exact."""
+    flip = (lambda x: x) if pair.in_out else (lambda x: x.swapaxes(-1, -2))
+    before = first.read(pair.base_name)
+    if pair.name not in getattr(second, "modules", {}) or how.of(pair.shape[-2:]) == "exact":
+        return flip(before), flip(second.read(pair.name))
+    a, b, scale = second.factors(pair.name)
+    left, right = (b, a) if pair.in_out else (a.T, b.T)
+    return flip(before), LowRank(flip(before), left, right, np.float32(scale))
+
+
+def stream(base, tuned, pairs, journal, *, k=10, eps=0.5, engine="exact", effective_rank=False, progress=True):
     """``{name: row}`` of every pair; rows are appended to ``journal`` as they come and taken from it next time.
 
-    Holds one matrix pair and the square float64 work arrays of its smaller side. The journal is begun anew when
-    either checkpoint or k has changed.
+    Holds one matrix pair and the work arrays of its engine: square float64 ones of the smaller side unless certified.
+    The journal is begun anew when a checkpoint or a setting that rows depend on has changed.
     """
-    journal = pathlib.Path(journal)
-    header = {"version": 1, "k": k, "base": identity(base), "tuned": identity(tuned)}
+    journal, how = pathlib.Path(journal), How(k, eps, engine, effective_rank)
+    header = {"version": 2, "k": k, "engine": engine, "effective_rank": effective_rank,
+              "base": identity(base), "tuned": identity(tuned)}  # fmt: skip
+    if any(how.of(pair.shape[-2:]) != "exact" for pair in pairs):
+        header["eps"] = eps  # the others hold for every ε
     rows = _kept(journal, header)
     files.write(journal, "".join(json.dumps(r) + "\n" for r in (header, *rows.values())).encode())
-    first, second, mapped = _checkpoint(base), _checkpoint(tuned), 0
+    first, second, mapped = opened(base), opened(tuned), 0
     with open(journal, "a", encoding="utf-8") as log, tqdm.tqdm(
             pairs, desc="spectra", unit="matrix", disable=not progress) as bar:
         for pair in bar:
             names = [f"{pair.name}[{i}]" for i in range(pair.shape[0])] if len(pair.shape) == 3 else [pair.name]
             if all(name in rows for name in names):
                 continue
-            before, after = first.read(pair.base_name), second.read(pair.name)
-            for row in _rows_of(pair, before, after, k):
+            before, after = _read(first, second, pair, how)
+            for row in _rows_of(pair, before, after, how):
                 log.write(json.dumps(row, allow_nan=False) + "\n")
                 rows[row["name"]] = row
             log.flush()
-            mapped += before.nbytes + after.nbytes
+            mapped += 2 * before.nbytes
             del before, after
             if mapped > _REOPEN:
-                first, second, mapped = _checkpoint(base), _checkpoint(tuned), 0
+                first, second, mapped = opened(base), opened(tuned), 0
     return rows
 
 
 def summarise(base, tuned, rows, skipped, *, k=10, eps=0.5):
-    """The report as one JSON object: matrices, totals, and counts for every ε and k of the sweeps."""
+    """The report as one JSON object: matrices, totals, and counts for every ε and k of the sweeps.
+
+    Certified rows enclose a cosine: ``undecided`` says how many of them leave a count of the sweep open. None does at
+    the ε asked.
+    """
     matrices = []
     for row in rows:
         count = int(spectral.count_intruders(row["max_cosine"], k=k, eps=eps))
@@ -238,30 +296,46 @@ def summarise(base, tuned, rows, skipped, *, k=10, eps=0.5):
         items = list(row.items())
         matrices.append(dict([*items[:at], ("intruders", count), *items[at:]]))
 
-    def total(k, eps):
-        return sum(int(spectral.count_intruders(row["max_cosine"], k=k, eps=eps)) for row in rows)
+    def total(k, eps, key="max_cosine"):
+        return sum(int(spectral.count_intruders(row.get(key, row["max_cosine"]), k=k, eps=eps)) for row in rows)
+
+    def undecided(eps):
+        return total(k, eps, "max_cosine_lower") - total(k, eps, "max_cosine_upper")
 
     return {
         "base": str(base), "tuned": str(tuned), "k": k, "eps": eps,
         "matrices": matrices,
         "total_intruders": total(k, eps),
         "total_directions": sum(len(row["max_cosine"]) for row in rows),
-        "eps_sweep": [{"eps": e, "total_intruders": total(k, e)} for e in sorted({*spectral.EPS_SWEEP, eps})],
+        "engines": dict(Counter(row["engine"] for row in rows)),
+        "fell_back": sum(row["fell_back"] for row in rows),
+        "eps_sweep": [{"eps": e, "total_intruders": total(k, e), "undecided": undecided(e)}
+                      for e in sorted({*spectral.EPS_SWEEP, eps})],
         "k_sweep": [{"k": i, "total_intruders": total(i, eps)} for i in range(1, k + 1)],
         "skipped": [{"name": name, "why": why} for name, why in skipped.items()],
         "skipped_counts": dict(Counter(skipped.values())),
-    }
+    }  # fmt: skip
 
 
-def compare(base, tuned, out, *, k=10, eps=0.5, include=None, exclude=EXCLUDE, progress=True):
-    """Plans, streams and writes ``spectral.json`` under ``out``, with its journal; returns the report."""
+def compare(base, tuned, out, *, k=10, eps=0.5, include=None, exclude=EXCLUDE, engine="auto", effective_rank=False,
+            progress=True):  # fmt: skip
+    """Plans, streams and writes ``spectral.json`` under ``out``, with its journal; returns the report.
+
+    engine: "exact" (`spectral`, full factorisations in float64), "fast" (`topk`, the base factorised once and cached),
+    "certified" (`certify`, no full factorisation; counts hold at ``eps``, other ε are enclosed) or "auto": fast up to
+    a side of 2048, certified above, exact where matrices are tiny. Counts are the same. Certified and fast rows of
+    dense changes over 2048 have no effective rank unless ``effective_rank`` asks for it, by a full factorisation.
+    """
     if not 1 <= k <= 1000:
         raise UserError(f"--k={k}: the number of top directions lies between 1 and 1000")
     if not 0 < eps <= 1:
         raise UserError(f"--eps={eps}: a cosine threshold lies in (0, 1]")
+    if engine not in ENGINES:
+        raise UserError(f"--engine={engine}: no such engine{nearest(engine, ENGINES)}")
     pairs, skipped = plan(base, tuned, include, exclude)
     out = files.make_folder(out)
-    rows = stream(base, tuned, pairs, out / "spectral.jsonl", k=k, progress=progress)
+    rows = stream(base, tuned, pairs, out / "spectral.jsonl", k=k, eps=eps, engine=engine,
+                  effective_rank=effective_rank, progress=progress)  # fmt: skip
     names = [n for p in pairs for n in ([p.name] if len(p.shape) == 2 else
                                         [f"{p.name}[{i}]" for i in range(p.shape[0])])]  # fmt: skip
     report = summarise(base, tuned, [rows[name] for name in names], skipped, k=k, eps=eps)

@@ -85,8 +85,45 @@ def _skipped(summary):
     return blocks
 
 
-def render(summary):
-    """The whole page, as markup."""
+_DONE = {"none": "the top-ranked intruder", "neighbour": "the pretrained direction beside the top-ranked intruder (a control)",
+         "shrink": "the whole of ΔW, by a change of the norm of the intruder's (a control),"}  # fmt: skip
+
+
+def _repair(found):
+    """What `repair_files.run` returns: totals, tasks and every mended matrix, before and after."""
+    how, before, after = found["settings"], found["before"], found["after"]
+    what = "every intruder among the top" if how["which"] == "all" and how["control"] == "none" else _DONE[how["control"]]
+    lead = (f"λ = {how['factor']:g}: {what} was scaled in {found['mended']} of {found['matrices']} matrices; the weights "
+            f"moved by ‖W′ − W‖ = {report.number(found['change'])}.")
+    if found["kind"] == "adapter":
+        lead += (f" The adapter keeps its rank: of the mended change of a matrix, at most {found['lost']:.2%} (Frobenius) "
+                 "does not fit into it.")
+    totals = [
+        {"what": "Intruders", "before": before["intruders"], "after": after["intruders"]},
+        {"what": "Matrices with intruders", "before": before["with_intruders"], "after": after["with_intruders"]},
+        {"what": "Mean effective rank of ΔW", "before": before["effective_rank"], "after": after["effective_rank"]},
+        {"what": "‖ΔW‖, all matrices", "before": before["delta_norm"], "after": after["delta_norm"]},
+    ]
+    for name, rows in found.get("measured", {}).items():
+        for key, label in (("accuracy", "accuracy"), ("loss", "loss"), ("perplexity", "perplexity")):
+            if key in rows["before"]:
+                totals.append({"what": f"{name.capitalize()} ({rows['source']}): {label}",
+                               **{side: rows[side][key] for side in ("base", "before", "after") if side in rows}})
+    sides = ("base", "before", "after") if any("base" in row for row in totals) else ("before", "after")
+    columns = [("what", ""), *((side, side.capitalize(), None) for side in sides)]
+    rows = [{"name": row["name"], "rank": row["rank"] + 1, "sigma": row["sigma"], "change": row["change"], "lost": row["lost"],
+             **{f"{key}_{side}": row[side][key] for side in ("before", "after") for key in ("intruders", "effective_rank")}}
+            for row in found["rows"]]
+    each = [("name", "Matrix"), ("rank", "Rank of the intruder"), ("sigma", "Its σ"), ("change", "‖W′ − W‖"), ("lost", "Lost"),
+            ("intruders_before", "Intruders before"), ("intruders_after", "after"),
+            ("effective_rank_before", "Effective rank before"), ("effective_rank_after", "after")]  # fmt: skip
+    return [lead, *(f"{note}." for note in found["notes"]),
+            report.table(totals, columns, caption="Before and after the repair."),
+            report.details(f"{len(rows)} matrices with an intruder", report.table(rows, each))]
+
+
+def render(summary, repaired=None):
+    """The whole page, as markup; ``repaired`` is what `repair_files.run` returned."""
     matrices = summary["matrices"]
     moved = sum(m["delta_norm"] > 0 for m in matrices)
     lead = (f"{summary['total_intruders']} of the {summary['total_directions']} leading directions of "
@@ -105,6 +142,7 @@ def render(summary):
     return report.page("Spectral report", [
         (None, [lead]),
         ("Intruder dimensions", figures),
+        *([("Repair", _repair(repaired))] if repaired else []),
         ("The change of the weights", change),
         ("Every matrix", [report.details(f"{len(matrices)} rows", report.table(rows, columns)), *_skipped(summary)]),
     ], subtitle=f"{summary['tuned']} against {summary['base']}")

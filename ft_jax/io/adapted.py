@@ -80,6 +80,10 @@ class AdaptedCheckpoint:
             array = array + np.float32(scale) * (b @ a)
         return array
 
+    def keys(self, name):
+        """Where a tensor's change is stored in the adapter: ``{"A": key, "B": key}``, or ``{"whole": key}``."""
+        return {"whole": self._whole[name]} if name in self._whole else self.adapter.factors[self.modules[name]]
+
     def factors(self, name):
         """``(A [r, in], B [out, r], scale)`` of a tensor in ``modules``."""
         return peft.read_factors(self.adapter, self.modules[name], self._base.shape(name))

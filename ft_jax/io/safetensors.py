@@ -25,7 +25,7 @@ class Checkpoint:
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
-        main = _find(self.path)
+        self._main = main = _find(self.path)
         self._file = _read_index(main) if main.suffix == ".json" else dict.fromkeys(_open(main).keys(), main)
         self._open = {file: _open(file) for file in dict.fromkeys(self._file.values())}
         held = {file: set(handle.keys()) for file, handle in self._open.items()}
@@ -34,6 +34,16 @@ class Checkpoint:
                 raise UserError(
                     f"{main}: says that {name!r} is in {file.name}, which lacks it{nearest(name, held[file])}"
                 )
+
+    @property
+    def files(self):
+        """The files that it is read from: the index, where there is one, and those that hold tensors."""
+        return list(dict.fromkeys([self._main, *self._open]))
+
+    def file(self, name):
+        """The file that holds a tensor."""
+        self._slice(name)
+        return self._file[name]
 
     @property
     def names(self):

@@ -89,7 +89,7 @@ def find(base, tuned, *, k=10, eps=0.5, include=INCLUDE):
     return found
 
 
-def _check(factor, control, which):
+def check(factor, control, which):
     if not (math.isfinite(factor) and factor >= 0):
         raise UserError(f"factor {factor} cannot scale a singular value; it is 0 (removed) or more, 1 leaves all as it is")
     for name, value, known in (("control", control, CONTROLS), ("which", which, WHICH)):
@@ -114,7 +114,7 @@ def changes(found, factor=0.7, *, control="none", which="top"):
     ``change`` = ‖W' − W‖_F; ``shrink`` (that control alone) the factor of ΔW, 1 + (λ − 1)‖σ‖/‖ΔW‖ and never under 0,
     where the change falls short of the intruder's because ΔW is gone; ``neighbour`` None where all k are intruders.
     """
-    _check(factor, control, which)
+    check(factor, control, which)
     rows = []
     for path, one in found.items():
         size = abs(1 - factor) * np.sqrt(np.where(_chosen(one, control, which), one["sigma"] ** 2, 0).sum(-1))
@@ -209,7 +209,7 @@ def mend(tuned, found, factor=0.7, *, control="none", which="top"):
     approximation of rank r is taken from the factors (`project`). Leaves and layers without an intruder stay as they
     are, bit for bit, and so does everything at λ = 1. UserError for other kernels, and for options that are not known.
     """
-    _check(factor, control, which)
+    check(factor, control, which)
     flat, lost = tree.flatten(tuned, is_leaf=is_kernel), {}
     for path, one in found.items():
         leaf = flat.get(path)
@@ -239,5 +239,5 @@ def scale_intruders(params, requests, *, factor=0.7, k=10, eps=0.5, which="top",
     the pretrained direction beside it, by the same factor; shrink, ΔW as a whole, by a change of the same norm.
     LoRA kernels of ``requests`` keep their rank.
     """
-    _check(factor, control, which)
+    check(factor, control, which)
     return apply(requests, find(params, requests, k=k, eps=eps, include=include), factor, control, which)
