@@ -201,15 +201,17 @@ def multi(context):
         return []
     off = ~np.eye(len(value["tasks"]), dtype=bool)
     mean, chance = np.asarray(value["mean"])[off].mean(), np.asarray(value["chance"])[off].mean()
-    same = np.mean([x for v in value["same_task"].values() for x in v]) if any(value["same_task"].values()) else None
-    out = [row("Regions of a multi-task model are almost disjoint", "overlap near 0", f"mean overlap {mean:.1%} (random masks {chance:.1%}"
-               + (f"; same task, another seed {same:.1%})" if same is not None else ")"), verdict(mean < 0.5),
-               "All regions start from the same largest changes, which pulls them together. Holds under one half.")]  # fmt: skip
-    rho = value["spearman"]
-    out.append(row("Overlap tracks the similarity of tasks", "yes", "too few pairs" if rho["rho"] is None else f"Spearman ρ {rho['rho']:.2f} "
-                   f"[{rho['low']:.2f}, {rho['high']:.2f}] over {rho['n']} ordered pairs",
-                   OPEN if rho["rho"] is None else verdict(rho["low"] > 0), "With the gain that a model of one task brings to the other; holds when the "
-                   "bootstrap interval is above 0."))  # fmt: skip
+    added = [x for x in np.asarray(value["added"], float)[off] if np.isfinite(x)]
+    same = [x for v in value["same_task"].values() for x in v]
+    ours = f"mean overlap {mean:.1%} (random masks {chance:.1%}" + (f"; same task, another seed {np.mean(same):.1%})" if same else ")")
+    ours += f"; of what learning added to the common start {np.mean(added):.1%}" if added else ""
+    out = [row("Regions of a multi-task model are almost disjoint", "overlap near 0", ours, verdict(mean < 0.5),
+               "All regions start from the same largest changes, which a few learning steps do not undo. Holds under one half.")]  # fmt: skip
+    for key, what in (("spearman", "overlap"), ("spearman_added", "overlap of what learning added")):
+        rho = value[key]
+        said = "too few pairs" if rho["rho"] is None else f"Spearman ρ {rho['rho']:.2f} [{rho['low']:.2f}, {rho['high']:.2f}] over {rho['n']} ordered pairs"
+        out.append(row(f"Overlap tracks the similarity of tasks ({what})", "yes", said, OPEN if rho["rho"] is None else verdict(rho["low"] > 0),
+                       "With the gain that a model of one task brings to the other; holds when the bootstrap interval is above 0."))  # fmt: skip
     train, unions = context.get("multi_train"), context.get("multi_union")
     if train and unions:
         inside, outside = [], []

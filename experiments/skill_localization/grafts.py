@@ -39,7 +39,7 @@ def _one(context, bench, opened, task, method, seed, curve, base_found):
         row("magnitude", graft.magnitude_mask(opened.base, full, sparsity), sparsity)
     for sparsity in g["random"] if curve else ():
         row("random", graft.random_mask(opened.base, sparsity, rng), sparsity)
-    if curve and method != "lora_r1" and (biases := _biases(opened.base)):
+    if curve and (biases := _biases(opened.base)):
         row("biases", biases)
     for sparsity in (*(g["learned"].get(method, ()) if curve else ()), g["region"]):
         mask, history = world.learn(bench, opened, full, sparsity, seed, f"{task} {method} s{seed}")

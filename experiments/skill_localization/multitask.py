@@ -9,6 +9,8 @@ from ft_jax.analysis import stats
 from ft_jax.io import files
 from ft_jax.weights import graft, regions
 
+FLIPS = 0.5  # a first step adds half of the mask's size: all tasks start from one mask, and have to part from it in a few steps
+
 
 def tree_path(context, seed):
     return context.workdir / "trees" / f"multi-s{seed}.safetensors"
@@ -40,7 +42,7 @@ def task_region(context, bench, spec, task):
     own, out = views[task], {}
     for seed in spec["seeds"]:
         full = world.with_layers(own.base, tree_path(context, seed))
-        mask, history = world.learn(bench, own, full, spec["region"], seed, f"region of {task} s{seed}")
+        mask, history = world.learn(bench, own, full, spec["region"], seed, f"region of {task} s{seed}", FLIPS)
         files.make_folder(context.workdir / "masks")
         graft.save_mask(region_path(context, task, seed), mask)
         out[str(seed)] = {"parameters": graft.mask_size(mask)[0], "share": graft.mask_size(mask)[1], "history": history,
@@ -70,25 +72,38 @@ def transfer(context, bench, spec):
 
 
 def overlap(context, bench, spec):
-    """Overlap of the regions by seed, by chance and with the size's effect taken out, and its rank correlation with transfer.
+    """Overlap of the regions by seed, by chance, of what learning added, and its rank correlation with transfer.
 
-    A task i is similar to j when training on i alone helps j: the accuracy that i's model adds to the base on j.
+    A task i is similar to j when training on i alone helps j: the accuracy that i's model adds to the base on j. Every region starts
+    from the same largest changes; ``added`` compares only what each task's learning brought in beside them.
     """
-    del bench
-    names = list(spec["tasks"])
-    matrices, chance, same = [], [], {t: [] for t in names}
+    names, found, added, chance, same = list(spec["tasks"]), [], [], [], {}
     for seed in spec["seeds"]:
         masks = [graft.load_mask(region_path(context, t, seed)) for t in names]
-        matrices.append(regions.overlap_matrix(masks))
+        base = world.view(context, bench, names[0]).base
+        start = graft.magnitude_mask(base, world.with_layers(base, tree_path(context, seed)), spec["region"])
+        new = [{p: m & ~start[p] for p, m in mask.items()} for mask in masks]
+        found.append(regions.overlap_matrix(masks))
+        added.append([[graft.overlap(a, b) if graft.mask_size(b)[0] else None for b in new] for a in new])
         chance.append(regions.chance_overlap(masks))
     for t in names:  # the same task's region in the models of two seeds: how much of an overlap is the task's own
-        found = [graft.load_mask(region_path(context, t, s)) for s in spec["seeds"]]
-        same[t] = [graft.overlap(a, b) for a, b in itertools.permutations(found, 2)]
+        held = [graft.load_mask(region_path(context, t, s)) for s in spec["seeds"]]
+        same[t] = [graft.overlap(a, b) for a, b in itertools.permutations(held, 2)]
     moved = context.value("transfer")
     gain = np.mean([np.asarray(rows) - np.asarray(moved["base"]) for rows in moved["seeds"].values()], axis=0)
-    mean, off = np.mean(matrices, axis=0), ~np.eye(len(names), dtype=bool)
-    return {"tasks": names, "overlap": [m.tolist() for m in matrices], "mean": mean.tolist(), "chance": np.mean(chance, axis=0).tolist(),
-            "same_task": same, "gain": gain.tolist(), "spearman": stats.spearman(mean[off], gain[off])}  # fmt: skip
+    off, fresh = ~np.eye(len(names), dtype=bool), _mean(added)
+    return {
+        "tasks": names, "overlap": [m.tolist() for m in found], "mean": np.mean(found, axis=0).tolist(), "same_task": same,
+        "chance": np.mean(chance, axis=0).tolist(), "gain": gain.tolist(), "spearman": stats.spearman(np.mean(found, axis=0)[off], gain[off]),
+        "added": [[None if np.isnan(x) else float(x) for x in row] for row in fresh], "spearman_added": stats.spearman(fresh[off], gain[off]),
+    }  # fmt: skip
+
+
+def _mean(matrices):
+    """Mean over seeds of what is there; NaN where no seed has it."""
+    values = np.asarray([[[np.nan if x is None else x for x in row] for row in m] for m in matrices], float)
+    count = np.isfinite(values).sum(0)
+    return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
 
 
 def union(context, bench, spec):

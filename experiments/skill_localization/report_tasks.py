@@ -24,17 +24,18 @@ def multi(context):
     if not (value and train and transfer):
         return None
     names = [name(t) for t in value["tasks"]]
-    fig, axes = page.new_figure(7.0, 2.7, 1, 2)
-    grid(axes[0], value["mean"], names, "overlap |γᵢ ∩ γⱼ| / |γⱼ|", vmax=1.0)
-    axes[0].set_title("regions")
     off = ~np.eye(len(names), dtype=bool)
+    fig, axes = page.new_figure(7.0, 2.9, 1, 2)
+    for ax, key, title in ((axes[0], "mean", "regions"), (axes[1], "added", "what learning added")):
+        grid(ax, value[key], names, "overlap |γᵢ ∩ γⱼ| / |γⱼ|", vmax=1.0)
+        ax.set_title(title)
+    scatter, panels = page.new_figure(7.0, 2.6, 1, 2)
     overlap, gain = np.asarray(value["mean"]), 100 * np.asarray(value["gain"])
-    axes[1].plot(gain[off], overlap[off], "o", color=page.PALETTE[0])
-    if len(names) <= 5:
-        for i, j in zip(*np.nonzero(off)):
-            axes[1].annotate(f"{names[i]} → {names[j]}", (gain[i, j], overlap[i, j]), fontsize=5.5, xytext=(3, 2), textcoords="offset points")
-    axes[1].set_xlabel("points that training on i adds on j")
-    axes[1].set_ylabel("overlap")
+    for ax, key, title in ((panels[0], "mean", "regions"), (panels[1], "added", "what learning added")):
+        ax.plot(gain[off], np.asarray(value[key], float)[off], "o", color=page.PALETTE[0])
+        ax.set_title(title)
+        ax.set_xlabel("points that training on i adds on j")
+    panels[0].set_ylabel("overlap of i and j")
     rho = value["spearman"]
     chance = np.asarray(value["chance"])[off].mean()
     said = (f"One encoder was trained on {len(names)} tasks in turn, each under its own frozen head; then each task's region was learnt in the joint change. "
@@ -49,8 +50,9 @@ def multi(context):
     tuned = {u: spread([s["scores"][u] for s in train["seeds"].values()]) for u in value["tasks"]}
     rows = [{"region": "none: base", **{u: f"{x:.3f}" for u, x in train["base"].items()}}, *rows, {"region": "all: multi-task model", **tuned}]
     columns = [("region", "grafted"), ("share", "share", ".2%"), *((t, name(t)) for t in value["tasks"])]
-    return ("Several tasks in one model", [said, page.figure(fig, "Overlap of the regions of a multi-task model (row i, column j), and against transfer between "
-            "single-task models; mean of the seeds."), page.table(rows, columns, "Accuracy on each task of the base with one task's region of the multi-task model."),
+    return ("Several tasks in one model", [said, page.figure(fig, "Overlap of the regions of a multi-task model (row i, column j; mean of the seeds), and of what "
+            "each task's learning added to the largest changes that all start from."),
+            page.figure(scatter, "Overlap against transfer between single-task models, one point an ordered pair of tasks."), page.table(rows, columns, "Accuracy on each task of the base with one task's region of the multi-task model."),
             *unions(context, train), *purified(context)])  # fmt: skip
 
 

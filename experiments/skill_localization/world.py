@@ -152,13 +152,13 @@ def micro_batches(data, examples, micro, seed):
         yield {k: np.reshape(v, (examples // micro, micro, *v.shape[1:])) for k, v in batch.items()}
 
 
-def learn(bench, opened, tuned_params, sparsity, seed, label, data=None):
+def learn(bench, opened, tuned_params, sparsity, seed, label, flips=None):
     """(mask, history): the graft of a tuned tree, learnt on the task's shots and chosen on its validation."""
     g = bench.graft
-    batches = micro_batches(data or opened.train(seed), g["examples"], g["micro"], seed)
+    batches = micro_batches(opened.train(seed), g["examples"], g["micro"], seed)
     return graft.learn_mask(
         opened.base, tuned_params, loss_of(opened.model), batches, lambda p: opened.accuracy(p, opened.validation),
-        sparsity=sparsity, steps=g["steps"], flips=g["flips"], seed=seed, label=label,
+        sparsity=sparsity, steps=g["steps"], flips=flips or g["flips"], seed=seed, label=label,
     )  # fmt: skip
 
 
