@@ -9,6 +9,7 @@ is retrained in the same way on held-out texts and tested across folds: forgetti
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class ContinualSetting:
     steps: int = 30
     batch_size: int = 16
     length: int = 32
-    lr_scale: float = 16.0
+    lr_scale: float = 8.0
     head_texts: int = 128  # training texts that a task's head is fitted to before its layers learn
     test_texts: int = 240
     widths: tuple[int, ...] = (16, 24, 32)  # test texts are padded to the least of these that holds them
@@ -89,8 +90,20 @@ def parts(setting):
     out = {"continual_base": lambda context: untouched(s)}
     for method in s.methods:
         for seed in s.seeds:
-            out[f"continual_{method}_s{seed}"] = lambda context, m=method, n=seed: sequence(s, m, n)
+            out[f"continual_{method}_s{seed}"] = lambda context, m=method, n=seed: sequence(_same(context, s), m, n)
     return out
+
+
+def _plain(s):
+    return json.loads(json.dumps(dataclasses.asdict(s)))
+
+
+def _same(context, s):
+    """The setting, which must be that of the base's part: rows of a table that were made differently are none."""
+    theirs, ours = context.value("continual_base")["setting"], _plain(s)
+    if odd := sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)):
+        raise UserError(f"{context.workdir}/parts holds a sequence with another {', '.join(odd)}; remove its continual_* to begin anew")
+    return s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +203,8 @@ def untouched(s):
     model, params, tasks, forgot = loaded(s)
     start = [accuracy(s, model, params, task) for task in tqdm(tasks, desc="base", unit="task", leave=False)]
     majority = [float(np.bincount(np.concatenate([g.arrays["labels"] for g in t.test])).max() / s.test_texts) for t in tasks]
-    return {"tasks": [t.name for t in tasks], "classes": [t.num_labels for t in tasks], "start": start, "majority": majority,
-            "pretraining": forgot(params)}  # fmt: skip
+    return {"setting": _plain(s), "tasks": [t.name for t in tasks], "classes": [t.num_labels for t in tasks], "start": start,
+            "majority": majority, "pretraining": forgot(params)}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)

@@ -195,6 +195,12 @@ def test_scales_without_a_sequence_have_no_part_of_it(tmp_path):
     assert continual.sections(named["full_llama"]) == continual.claims(named["full_llama"]) == []
 
 
+def test_a_folder_keeps_one_sequence(tiny, finished):
+    other = continual.parts(Setting(dataclasses.replace(tiny, steps=61)))
+    with pytest.raises(UserError, match="holds a sequence with another steps"):
+        other["continual_full_s0"](finished)
+
+
 def test_bad_settings(tiny):
     with pytest.raises(UserError, match="nearest: 'contrastive'"):
         continual.loaded(dataclasses.replace(tiny, forgetting={**tiny.forgetting, "measure": "contrastiv"}))
