@@ -147,7 +147,7 @@ MINILM = Grid(
 )  # fmt: skip
 SMOLLM2 = Grid(
     model="smollm2", objective="causal_lm", data=SENTENCES, steps=40, batch_size=4, lr_scale=8.0, eval_batch=4,
-    groups={"full": Group({"full": full()}, (0,)), "low": Group({"r1": lora(1), "r8": lora(8)}, (0, 1)),
+    groups={"full": Group({"full": full()}, (0,)), "low": Group({"r1": lora(1), "r8": lora(8)}, (0,)),
             "high": Group({"r64": lora(64)}, (0,))},
 )  # fmt: skip
 
