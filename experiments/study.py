@@ -148,7 +148,10 @@ def write_pages(study, scale, context):
     done = {n: held(context.workdir / "parts" / f"{n}.json") for n in study.parts(context.setting)}
     done = {n: x for n, x in done.items() if x is not None}
     missing = [n for n, s in status(study, scale, context.workdir).items() if s != "done"]
-    claims = [] if missing else study.claims(context)
+    try:
+        claims = study.claims(context)
+    except Missing as error:  # a claim's part is not done: the page says so instead of a table with holes
+        claims, missing = [], [*missing, f"the claims ({error})"]
     made = {"command": f"python -m experiments.run {study.name} --scale={scale}", "versions": versions(),
             "machine": sorted({x["machine"] for x in done.values()}), "seconds": {n: x["seconds"] for n, x in done.items()},
             "missing": missing}  # fmt: skip
@@ -177,10 +180,10 @@ def claims_table(rows):
 
 
 def publish(study, scale, workdir=None):
-    """Copies summary.json and report.html beside the study, when they are complete and small enough."""
+    """Copies summary.json and report.html, which name the parts that are missing, beside the study if they are small enough."""
     workdir = Path(workdir or default_workdir(study, scale))
-    if left := [n for n, s in status(study, scale, workdir).items() if s != "done"]:
-        raise UserError(f"{study.name} is not complete: {', '.join(left)}")
+    if not (workdir / "summary.json").exists():
+        raise UserError(f"{workdir} holds no results of {study.name}; run it first")
     target = files.make_folder(Path(__file__).parent / study.name / "results" / scale)
     held = {name: (workdir / name).read_bytes() for name in ("summary.json", "report.html")}
     if (size := sum(map(len, held.values()))) > RESULTS_LIMIT:
