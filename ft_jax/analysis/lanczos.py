@@ -116,17 +116,28 @@ def angle_bounds(values, residuals, k):
     return np.minimum(np.where(valid & ~np.isnan(bound), bound, 1.0).min(axis=(1, 2)), 1.0)
 
 
-def _worst(values, residuals, k):
+def angles(values, residuals, k):
+    """What `top` drives under its tolerance: the worst of the first k `angle_bounds`."""
+    return angle_bounds(values, residuals, k).max()
+
+
+def value(values, residuals, k):
+    """Instead of `angles`: the relative error of the k-th value, residual / value."""
+    return residuals[k - 1] / max(values[k - 1], np.finfo(np.float64).tiny)
+
+
+def _worst(error, values, residuals, k):
+    values, residuals = np.asarray(values, np.float64), np.asarray(residuals, np.float64)
     rows = zip(values.reshape(-1, values.shape[-1]), residuals.reshape(-1, residuals.shape[-1]))
-    return max(angle_bounds(v, r, k).max() for v, r in rows)
+    return max(error(v, r, k) for v, r in rows)
 
 
-def top(op, start, k, *, tolerance=1e-3, rounds=40, xp=np):
+def top(op, start, k, *, tolerance=1e-3, error=angles, rounds=40, xp=np):
     """Top k + GUARD approximate left vectors ``[..., d_out, k + GUARD]`` of W, float32.
 
     Thick-restarted block Lanczos with full reorthogonalisation on the Gram matrix of the smaller side, from ``start``
-    ``[..., d_out, ≥ k + GUARD]``, whose last columns should be random. Ends when every estimated angle is within
-    ``tolerance``, or no longer improves, or after ``rounds``: the caller checks with `polish`.
+    ``[..., d_out, ≥ k + GUARD]``, whose last columns should be random. Ends when the estimated ``error`` (`angles` or
+    `value`) is within ``tolerance``, or no longer improves, or after ``rounds``: the caller checks with `polish`.
     """
     wide = op[0].shape[-1] > op[0].shape[-2]
     small = transposed(op) if wide else op
@@ -138,8 +149,7 @@ def top(op, start, k, *, tolerance=1e-3, rounds=40, xp=np):
     best, stale = np.inf, 0
     for i in range(rounds):
         residual = image - vectors * values[..., None, :]
-        sizes = np.asarray(xp.linalg.norm(residual, axis=-2), np.float64)
-        worst = _worst(np.asarray(values, np.float64), sizes, k)
+        worst = _worst(error, values, xp.linalg.norm(residual, axis=-2), k)
         best, stale = (worst, 0) if worst < 0.7 * best else (best, stale + (worst < 1))
         if i and (worst <= tolerance or stale >= 3):  # the first round looks for what the start lacks
             break

@@ -22,17 +22,18 @@ NULL = 1e-6  # σ/σ1 under which a float32 matrix holds rounding, not a directi
 _ILL = 1e-5  # σ/σ1 under which left vectors computed as W v / σ lose the 1e-4 that is promised
 
 
-def _slices(array, axis):
+def chunks(array, axis):
+    """Slices along one axis of a matrix, ``_CHUNK`` numbers each."""
     step = max(1, _CHUNK // max(1, array.shape[1 - axis]))
     return [slice(i, i + step) for i in range(0, array.shape[axis], step)]
 
 
-def _gram(w, minus=None):
+def gram(w, minus=None):
     """float64 Gram matrix ``[n, n]`` (upper triangle) over the smaller side of W, or of W − minus."""
     over = 0 if w.shape[0] >= w.shape[1] else 1
     n = w.shape[1 - over]
     gram = np.zeros((n, n), order="F")
-    for part in _slices(w, over):
+    for part in chunks(w, over):
         cut = (part, slice(None)) if over == 0 else (slice(None), part)
         block = w[cut].astype(np.float64)
         if minus is not None:
@@ -43,9 +44,9 @@ def _gram(w, minus=None):
     return gram
 
 
-def _norm(w):
+def norm(w):
     """‖W‖_F summed in float64."""
-    return np.sqrt(sum(np.square(w[part], dtype=np.float64).sum() for part in _slices(w, 0)))
+    return np.sqrt(sum(np.square(w[part], dtype=np.float64).sum() for part in chunks(w, 0)))
 
 
 def _eigh(gram, **options):
@@ -57,35 +58,35 @@ def top_left(w, k):
     """``(σ [k], U [d_out, k])``: the top k singular values and left vectors, float64."""
     n = min(w.shape)
     k = min(k, n)
-    values, vectors = _eigh(_gram(w), subset_by_index=[n - k, n - 1], driver="evr")
+    values, vectors = _eigh(gram(w), subset_by_index=[n - k, n - 1], driver="evr")
     sigma, vectors = np.sqrt(np.clip(values[::-1], 0, None)), vectors[:, ::-1]
     if w.shape[1] <= w.shape[0]:
         return sigma, vectors
-    left = np.concatenate([w[:, c].T.astype(np.float64) @ vectors for c in _slices(w, 1)])
+    left = np.concatenate([w[:, c].T.astype(np.float64) @ vectors for c in chunks(w, 1)])
     return sigma, left / np.maximum(np.linalg.norm(left, axis=0), np.finfo(np.float64).tiny)
 
 
 def _left_overlap(w, directions):
     """``Uᵀ d`` ``[n, k]`` of all n left vectors of W with the directions ``[d_out, k]``, U not formed."""
-    values, vectors = _eigh(_gram(w), driver="evr")  # evd: 10 % faster in twice the memory
+    values, vectors = _eigh(gram(w), driver="evr")  # evd: 10 % faster in twice the memory
     if w.shape[1] <= w.shape[0]:
         return vectors.T @ directions
     sigma = np.sqrt(np.clip(values, 0, None))
     if sigma[0] <= _ILL * sigma[-1]:
         return np.linalg.svd(w.astype(np.float64), full_matrices=False)[2] @ directions
-    image = sum(w[:, c].astype(np.float64) @ directions[c] for c in _slices(w, 1))
+    image = sum(w[:, c].astype(np.float64) @ directions[c] for c in chunks(w, 1))
     return (vectors.T @ image) / sigma[:, None]
 
 
 def left_vectors(w):
     """``(Uᵀ [n, d_out], σ [n])`` of a ``[d_in, d_out]`` matrix, float32, largest first."""
-    values, vectors = _eigh(_gram(w), driver="evr")
+    values, vectors = _eigh(gram(w), driver="evr")
     sigma = np.sqrt(np.clip(values, 0, None))
     if w.shape[1] > w.shape[0]:
         if sigma[0] <= _ILL * sigma[-1]:
             _, sigma, left = np.linalg.svd(w.astype(np.float64), full_matrices=False)
             return left.astype(np.float32), sigma.astype(np.float32)
-        vectors = np.concatenate([w[:, c].T.astype(np.float64) @ vectors for c in _slices(w, 1)]) / sigma
+        vectors = np.concatenate([w[:, c].T.astype(np.float64) @ vectors for c in chunks(w, 1)]) / sigma
     return np.ascontiguousarray(vectors.T[::-1], np.float32), sigma[::-1].astype(np.float32)
 
 
@@ -129,11 +130,14 @@ def _intruders(base, tuned, k, eps):
     return {"intruders": count_intruders(cosine, k=k, eps=eps), "max_cosine": cosine, "singular_values": sigma}
 
 
-def _delta(base, tuned):
-    """Norms and ranks of ΔW = tuned − base; a zero ΔW has rank 0 and norm 0."""
-    values = _eigh(_gram(tuned, minus=base), eigvals_only=True, driver="evd")
-    sigma = np.sqrt(np.clip(values[::-1], 0, None))
-    total, base_norm = np.linalg.norm(sigma), _norm(base)
+def delta(base, tuned):
+    values = _eigh(gram(tuned, minus=base), eigvals_only=True, driver="evd")
+    return measures(np.sqrt(np.clip(values[::-1], 0, None)), norm(base))
+
+
+def measures(sigma, base_norm):
+    """Ranks and norms of a ΔW with singular values σ, largest first; a zero ΔW has rank 0 and norm 0."""
+    total = np.linalg.norm(sigma)
     share = sigma[sigma > 0] / max(sigma.sum(), np.finfo(np.float64).tiny)
     return {
         "effective_rank": np.exp(-(share * np.log(share)).sum()) if total > 0 else 0.0,
@@ -145,7 +149,7 @@ def _delta(base, tuned):
 
 
 def _some(names):
-    return lambda b, t: {name: value for name, value in _delta(b, t).items() if name in names}
+    return lambda b, t: {name: value for name, value in delta(b, t).items() if name in names}
 
 
 @register("analysis", "intruder_dimensions", paper="arXiv:2410.21228")
@@ -180,7 +184,7 @@ def delta_norm(base, tuned):
 @register("analysis", "spectral", paper="arXiv:2410.21228")
 def spectral(base, tuned, *, k=10, eps=0.5):
     """Intruder dimensions, ranks and norms of ΔW together, each matrix factorised once."""
-    return _batched(lambda b, t: _intruders(b, t, k, eps) | _delta(b, t), base, tuned)
+    return _batched(lambda b, t: _intruders(b, t, k, eps) | delta(b, t), base, tuned)
 
 
 @register("analysis", "singular_similarity", paper="arXiv:2410.21228")

@@ -69,8 +69,8 @@ def _device(*leaves):
     return jnp if on and next(iter(on[0].devices())).platform != "cpu" else np
 
 
-def _exact(base, tuned, k, left):
-    """The same row by the full computation in float64."""
+def exact(base, tuned, k, left):
+    """``(cosine, σ, vectors, error)`` by the full computation in float64; left: every left vector of the base."""
     w = np.asarray(dense(tuned), np.float32)
     sigma, vectors = spectral.top_left(w, k)
     cosine = np.minimum(np.abs(left @ vectors.astype(np.float32)).max(axis=0), 1.0)
@@ -79,7 +79,7 @@ def _exact(base, tuned, k, left):
     return np.where(sigma > spectral.NULL * sigma[0], cosine, 1.0), sigma, vectors, np.zeros_like(sigma)
 
 
-def _row(base, op, tuned, vectors, k, eps, tolerance, left):
+def _row(base, op, tuned, vectors, k, thresholds, tolerance, left):
     """``(cosine, σ, vectors, error), fell_back`` of one matrix from its Lanczos vectors."""
     ritz = lanczos.polish(op, vectors)
     sine = lanczos.angle_bounds(ritz.values, ritz.residuals, k)
@@ -87,8 +87,9 @@ def _row(base, op, tuned, vectors, k, eps, tolerance, left):
     cosine = np.minimum(np.abs(left @ found.astype(np.float32)).max(axis=0), 1.0)
     lower, upper = cosine_interval(cosine, sine)
     error = np.maximum(cosine - lower, upper - cosine)
-    if ((lower < eps) & (upper >= eps)).any() or error.max() > tolerance:
-        return _exact(base, tuned, k, left), True
+    open_ = any(((lower < eps) & (upper >= eps)).any() for eps in thresholds)
+    if open_ or error.max() > tolerance:
+        return exact(base, tuned, k, left), True
     return (cosine, np.sqrt(ritz.values[:k]), found, error), False
 
 
@@ -96,7 +97,8 @@ def _copy(base, k, left, sigma):
     return (np.ones(k), sigma[:k].astype(np.float64), left[:k].T.astype(np.float64), np.zeros(k)), False
 
 
-def _same(base, op):
+def same(base, op):
+    """Whether W + A B is a copy of the base."""
     w, a, b = op
     return np.array_equal(base, w) and (a is None or not a.any() or not b.any())
 
@@ -105,14 +107,15 @@ def _slice(w, i, lead):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[lead:])[i], w)
 
 
-def intruders(base, tuned, *, k=10, eps=0.5, tolerance=1e-3, left=False, xp=None):
+def intruders(base, tuned, *, k=10, eps=0.5, sweep=(), tolerance=1e-3, left=False, xp=None):
     """Intruder dimensions (arXiv:2410.21228): top-k left vectors u_j of tuned with max_i |cos(u0_i, u_j)| < ε.
 
     base: array ``[..., d_in, d_out]``; tuned: array or kernel of that shape (`LowRank` is never made dense). Returns
     ``intruders [...]`` int32, ``max_cosine``, ``cosine_error`` (bound) and ``singular_values [..., k]`` float32,
     ``fell_back [...]`` bool (the full factorisation decided), and with ``left`` the vectors ``left [..., d_out, k]``.
-    Counts are those of `spectral.intruder_dimensions`; directions with σ = 0 and copies have cosine 1. Matrices with
-    a side under 192 or too small for k are computed in full, which is no fall-back.
+    Counts are those of `spectral.intruder_dimensions` at ε and at every other threshold in ``sweep``; directions with
+    σ = 0 and copies have cosine 1. Matrices with a side under 192 or too small for k are computed in full, which is no
+    fall-back. ``xp``: jax.numpy or numpy; as a rule jax.numpy where tuned lies on an accelerator.
     """
     base, host = np.asarray(base, np.float32), tuned
     check(base, host)
@@ -124,16 +127,16 @@ def intruders(base, tuned, *, k=10, eps=0.5, tolerance=1e-3, left=False, xp=None
     fast = n >= MIN_SIDE and 2 * lanczos.basis_size(k) <= n
     known = [svd_cache.left(w) for w in flat]
     one = [tuple(None if x is None else x[i] for x in ops) for i in range(len(flat))]
-    same = [_same(w, op) for w, op in zip(flat, one)]
-    vectors = _vectors(one, known, same, k, tolerance, xp) if fast else None
+    copies = [same(w, op) for w, op in zip(flat, one)]
+    vectors = _vectors(one, known, copies, k, tolerance, xp) if fast else None
     rows = []
     for i, (w, (u0, sigma)) in enumerate(zip(flat, known)):
-        if same[i]:
+        if copies[i]:
             rows.append(_copy(w, min(k, n), u0, sigma))
         elif not fast:
-            rows.append((_exact(w, _slice(tuned, i, depth), k, u0), False))
+            rows.append((exact(w, _slice(tuned, i, depth), k, u0), False))
         else:
-            rows.append(_row(w, one[i], _slice(tuned, i, depth), vectors[i], k, eps, tolerance, u0))
+            rows.append(_row(w, one[i], _slice(tuned, i, depth), vectors[i], k, (eps, *sweep), tolerance, u0))
     cosine, sigma, found, error = (np.stack(x).reshape(*lead, *x[0].shape) for x in zip(*(row for row, _ in rows)))
     out = {"intruders": spectral.count_intruders(cosine, k=k, eps=eps), "max_cosine": cosine.astype(np.float32),
            "cosine_error": error.astype(np.float32), "singular_values": sigma.astype(np.float32),
@@ -141,9 +144,9 @@ def intruders(base, tuned, *, k=10, eps=0.5, tolerance=1e-3, left=False, xp=None
     return out | ({"left": found.astype(np.float32)} if left else {})
 
 
-def _vectors(ops, known, same, k, tolerance, xp):
+def _vectors(ops, known, copies, k, tolerance, xp):
     """Lanczos vectors of every matrix that is no copy: one at a time with numpy, all together on an accelerator."""
-    todo = [i for i, copy in enumerate(same) if not copy]
+    todo = [i for i, copy in enumerate(copies) if not copy]
     start = {i: start_block(ops[i], known[i][0].T, k, np.random.default_rng(i)) for i in todo}
     if xp is np:
         return {i: lanczos.top(tuple(None if x is None else np.asarray(x) for x in ops[i]), start[i], k,

@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def no_fall_back(monkeypatch):
     """Makes a fall-back fail the test: what is returned came from the fast path."""
-    monkeypatch.setattr(topk, "_exact", None)
+    monkeypatch.setattr(topk, "exact", None)
 
 
 def decaying(shape, seed=0, power=0.5):
