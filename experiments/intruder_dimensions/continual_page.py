@@ -12,6 +12,8 @@ ORDER = "Low ranks forget most over a sequence of tasks, full fine-tuning least"
 GROWTH = "Low-rank adapters that are merged one after the other accumulate intruders; full fine-tuning does not"
 FIGURE = "a figure, without numbers in the text"
 UNMEASURED = np.nan
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "cannot be tested here"
+LEAST = 3  # seeds, under which "with every seed" says little
 
 
 def label(method):
@@ -152,15 +154,20 @@ def claims(s, context):
     return [_order(runs, base, low), _growth(runs, low, s)]
 
 
+def _verdict(holds, fails, seeds):
+    return UNDECIDED if seeds < LEAST else HOLDS if holds else FAILS if fails else UNDECIDED
+
+
 def _order(runs, base, low):
     drops = {m: [-100 * v for v in transfers(values, base["start"])["backward_transfer"]] for m, values in runs.items()}
     mean = {m: np.mean(v) for m, v in drops.items()}
     gap = np.array(drops[low]) - np.array(drops["full"])
     ends = max(mean, key=mean.get) == low and min(mean, key=mean.get) == "full"
-    verdict = "holds" if ends and (gap > 0).all() else "does not hold" if (gap < 0).all() else "not told apart"
+    verdict = _verdict(ends and (gap > 0).all(), (gap < 0).all(), len(gap))
     ours = "; ".join(f"{label(m)} {spread(v, '.1f')}" for m, v in drops.items()) + " points lost"
     why = (f"Points of accuracy from just after a task to the end of {len(base['tasks'])} tasks, head retrained. Holds if {label(low)} loses most and full "
-           f"least in the mean, and {label(low)} more than full with every seed; does not if less with every seed. "
+           f"least in the mean, and {label(low)} more than full with every seed; does not if less with every seed; "
+           f"between these, or with under {LEAST} seeds, it cannot be told. "
            f"{label(low)} less full: {spread(list(gap), '+.1f').replace('± +', '± ')} points.")  # fmt: skip
     return {"claim": ORDER, "paper": FIGURE, "ours": ours, "verdict": verdict, "why": why}
 
@@ -168,8 +175,9 @@ def _order(runs, base, low):
 def _growth(runs, low, s):
     counts = {m: np.array([[stage["intruders"][EPS] for stage in v["stages"]] for v in runs[m]], float) for m in (low, "full")}
     grows, still = (counts[low][:, -1] > counts[low][:, 0]).all(), (counts["full"][:, -1] < counts[low][:, -1]).all()
-    verdict = "holds" if grows and still else "does not hold" if not (counts[low][:, -1] > counts[low][:, 0]).any() else "not told apart"
+    verdict = _verdict(grows and still, not (counts[low][:, -1] > counts[low][:, 0]).any(), len(counts[low]))
     ours = "; ".join(f"{label(m)} {c[:, 0].mean():.1f} after the first task, {c[:, -1].mean():.1f} after the last" for m, c in counts.items())
     why = (f"Intruders (k = 10, ε = {EPS}) against the weights before any task, mean of {len(s.seeds)} seeds. Holds if those of {label(low)} grow "
-           "from the first to the last task with every seed and end above those of full; does not if they grow with none.")  # fmt: skip
+           "from the first to the last task with every seed and end above those of full; does not if they grow with none; "
+           f"between these, or with under {LEAST} seeds, it cannot be told.")  # fmt: skip
     return {"claim": GROWTH, "paper": FIGURE, "ours": ours, "verdict": verdict, "why": why}
