@@ -7,25 +7,22 @@ decoders end where the label word is the next token. Fields in the templates are
 from ft_jax.data import tasks
 from ft_jax.errors import UserError, nearest
 
-# kind of task -> kind of model -> template
+KINDS = ("encoder", "decoder")
+# kind of task -> template for each kind of model
 TEMPLATES = {
-    "sentiment": {"encoder": "{text} It was [MASK].", "decoder": "{text} It was"},
-    "inference": {"encoder": "{text} ? [MASK] , {pair}", "decoder": "{text}\nQuestion: {pair} Yes or No?\nAnswer:"},
-    "paraphrase": {"encoder": "{text} [MASK] , {pair}", "decoder": "{text}\n{pair}\nDo these two say the same? Yes or No?\nAnswer:"},
-    "question": {"encoder": "{passage} {asked} [MASK].", "decoder": "{passage}\nQuestion: {asked} Yes or No?\nAnswer:"},
-    "topic": {"encoder": "[MASK] : {text}", "decoder": "{text}\nTopic:"},
+    "sentiment": ("{text} It was [MASK].", "Text: {text}\nSentiment:"),
+    "inference": ("{text} ? [MASK] , {pair}", "{text}\nQuestion: {pair} Yes or No?\nAnswer:"),
+    "paraphrase": ("{text} [MASK] , {pair}", "{text}\n{pair}\nDo these two say the same? Yes or No?\nAnswer:"),
+    "question": ("{passage} {asked} [MASK].", "{passage}\nQuestion: {asked} Yes or No?\nAnswer:"),
+    "topic": ("[MASK] : {text}", "Article: {text}\nSection:"),
+    "subject": ("[MASK] : {text}", "Question: {text}\nSubject:"),
 }
-_SENTIMENT = ("sentiment", ("terrible", "great"))
-# task -> (kind, label words in the order of its classes)
+_RATED = ("sentiment", ("terrible", "great"), ("negative", "positive"))
+# task -> kind of task, label words in the order of its classes; a second row where decoders take others
 PROMPTS = {
-    "imdb": _SENTIMENT,
-    "rotten_tomatoes": _SENTIMENT,
-    "sst2": _SENTIMENT,
-    "vader_tweets": _SENTIMENT,
-    "vader_amazon": _SENTIMENT,
-    "vader_nyt": _SENTIMENT,
+    **dict.fromkeys(("imdb", "rotten_tomatoes", "sst2", "vader_tweets", "vader_amazon", "vader_nyt"), _RATED),
     "bbc": ("topic", ("business", "entertainment", "politics", "sports", "technology")),
-    "subjects": ("topic", ("science", "law", "society", "health")),
+    "subjects": ("subject", ("science", "law", "society", "health")),
     "rte": ("inference", ("Yes", "No")),
     "cb": ("inference", ("Yes", "No", "Maybe")),
     "mrpc": ("paraphrase", ("No", "Yes")),
@@ -37,7 +34,8 @@ def settings(task, kind, **more):
     """Data settings for prompted classification on a bundled task with an ``encoder`` or a ``decoder``."""
     if task not in PROMPTS:
         raise UserError(f"no prompt for the data {task!r}{nearest(task, PROMPTS)}")
-    if kind not in ("encoder", "decoder"):
+    if kind not in KINDS:
         raise UserError(f"a prompt is for an encoder or a decoder, not for {kind!r}")
-    what, words = PROMPTS[task]
-    return {**tasks.settings(task), "pair_field": "", "template": TEMPLATES[what][kind], "label_words": words, **more}
+    what, *words = PROMPTS[task]
+    prompt = {"template": TEMPLATES[what][KINDS.index(kind)], "label_words": words[-1 if kind == "decoder" else 0]}
+    return {**tasks.settings(task), "pair_field": "", **prompt, **more}

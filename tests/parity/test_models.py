@@ -233,7 +233,7 @@ def test_smollm2(real_model, tmp_path):
     words = model.with_head("label_words", label_ids=prompts.label_ids(tok, "decoder", c))
     assert [tok.decode([i]) for i in words.config.label_ids] == [f" {word}" for word in c["label_words"]]
     encoded = prompts.encoder(tok, pipeline.settings(c))([{"text": "a fine film"}, {"text": "dull " * 40}], ["row 1", "row 2"])
-    assert [len(row) for row in encoded][1] == 32 and all(tok.decode(row).endswith(" It was") for row in encoded)
+    assert [len(row) for row in encoded][1] == 32 and all(tok.decode(row).endswith("\nSentiment:") for row in encoded)
     ids = np.array([row + [2] * (32 - len(row)) for row in encoded])
     mask = np.array([[1] * len(row) + [0] * (32 - len(row)) for row in encoded])
     with torch.no_grad():
