@@ -17,7 +17,7 @@ from ft_jax.kernels import LowRank
 from ft_jax.models.config import LANGUAGE_HEADS
 from ft_jax.objectives import inputs_of
 from tests import folders
-from tests.helpers import FAMILIES, MASK, inputs, make_batch, make_model, make_params
+from tests.helpers import MASK, inputs, make_batch, make_model, make_params
 
 IDS = (9, 31, 6)
 
@@ -40,7 +40,7 @@ def gathered(model, params, batch):
     return np.asarray(logits)[np.arange(len(places)), places][:, IDS]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama", "qwen2"])
 def test_logits_are_those_of_the_language_model(family):
     model = make_model(family, LANGUAGE_HEADS[make_model(family).config.kind])
     params, batch, pad = make_params(model), prompted(model), model.config.pad_token_id
