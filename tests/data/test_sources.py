@@ -142,6 +142,8 @@ SOLVE = {
     "majority": lambda p: max("ab", key=p.split()[:-2].count),
     "counting": lambda p: str(p.split()[: p.split().index("count")].count(p.split()[-2])),
     "parity": lambda p: str(sum(map(int, p.split()[:-2])) % 2),
+    "counter": lambda p: str(p.split()[3:-1].count(p.split()[1])),
+    "pcfg": lambda p: str(p.split()[3:-1].count(p.split()[1])),
 }
 LABEL = {"majority": "ab".index}
 
