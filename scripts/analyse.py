@@ -44,6 +44,10 @@ def _arguments(argv):
     parser.add_argument("--eps", type=float, default=0.5, help="cosine under which a direction is an intruder (0.5)")
     parser.add_argument("--include", help="regex searched for in tensor names: only these")
     parser.add_argument("--exclude", default=compare.EXCLUDE, help="regex of names to skip (embeddings and heads)")
+    parser.add_argument("--engine", choices=compare.ENGINES, default="auto", help="how top directions are found: counts "
+                        "are the same (auto: exact when tiny, fast up to 2048, certified above)")  # fmt: skip
+    parser.add_argument("--effective-rank", action="store_true", help="effective rank also where it takes a full "
+                        "factorisation of a large matrix")  # fmt: skip
     parser.add_argument("--repair", type=float, nargs="?", const=0.7, metavar="FACTOR",
                         help="write a mended checkpoint: the top intruders times FACTOR (0.7)")  # fmt: skip
     parser.add_argument("--control", choices=repair.CONTROLS, default="none", help="scale in the intruder's place: the "
@@ -62,11 +66,9 @@ def _arguments(argv):
     return args
 
 
-def _repair(args, base, tuned, result, asked, measure):
+def _repair(args, base, tuned, result, how, asked, measure):
     """The content of repair.json, with what ``measure`` finds before and after where something was asked."""
-    options = {"factor": args.repair, "control": args.control, "which": args.which,
-               "include": args.include, "exclude": args.exclude}  # fmt: skip
-    found = repair_files.run(base, tuned, result, args.out, **options)
+    found = repair_files.run(base, tuned, result, args.out, factor=args.repair, control=args.control, which=args.which, **how)
     if asked and found.get("asked") != asked:
         measured = measure({"base": base, "before": tuned, "after": repair_files.target(tuned, args.out)})
         found |= {"asked": asked, "measured": measured}
@@ -77,8 +79,9 @@ def _repair(args, base, tuned, result, asked, measure):
 def _print_repair(found):
     before, after = found["before"], found["after"]
     print(f"repaired {found['mended']} of {found['matrices']} matrices: intruders {before['intruders']} → "
-          f"{after['intruders']}, ‖ΔW‖ {before['delta_norm']:.4g} → {after['delta_norm']:.4g}, "
-          f"mean effective rank {before['effective_rank']:.3g} → {after['effective_rank']:.3g}")  # fmt: skip
+          f"{after['intruders']}, ‖ΔW‖ {before['delta_norm']:.4g} → {after['delta_norm']:.4g}")
+    if before["effective_rank"] is not None:
+        print(f"mean effective rank of ΔW {before['effective_rank']:.3g} → {after['effective_rank']:.3g}")
     if found["kind"] == "adapter":
         print(f"the adapter kept its rank, which loses at most {found['lost']:.2%} of a matrix's mended change")
     for note in found["notes"]:
@@ -104,12 +107,13 @@ def main(argv=None):
         from ft_jax import evaluate  # brings the models and the data pipeline, which spectra do without
 
         measure = functools.partial(evaluate.measure, evaluate.plan(base, tuned, asked))
-    result = compare.compare(base, tuned, args.out, k=args.k, eps=args.eps, include=args.include, exclude=args.exclude)
+    how = {"include": args.include, "exclude": args.exclude, "engine": args.engine, "effective_rank": args.effective_rank}
+    result = compare.compare(base, tuned, args.out, k=args.k, eps=args.eps, **how)
     print(f"{len(result['matrices'])} matrices, {result['total_intruders']} intruders (k = {args.k}, ε = {args.eps})")
     for why, count in result["skipped_counts"].items():
         print(f"skipped {count}: {why}")
     if args.repair is not None:
-        found = _repair(args, base, tuned, result, asked, measure)
+        found = _repair(args, base, tuned, result, how, asked, measure)
         _print_repair(found)
     page = pathlib.Path(args.out) / "spectral.html"
     report.write(page, spectral_page.render(result, found))

@@ -45,13 +45,19 @@ def _sweeps(summary):
         ax.axvline(here, color="#888888", linewidth=0.7, linestyle=":")
         ax.set(xlabel=name, ylabel="intruders, all matrices")
         ax.set_ylim(bottom=0)
-    return report.figure(fig, f"Total count against the threshold (k = {summary['k']}) and against the number of "
-                              f"directions (ε = {summary['eps']}).")
+    caption = (f"Total count against the threshold (k = {summary['k']}) and against the number of directions "
+               f"(ε = {summary['eps']}).")
+    if undecided := max(r.get("undecided", 0) for r in summary["eps_sweep"]):
+        caption += (f" Certified matrices enclose a cosine: away from ε = {summary['eps']}, where the count is exact, bounds "
+                    f"leave up to {undecided} directions open at a threshold.")
+    return report.figure(fig, caption)
 
 
 def _lines(matrices):
-    fig, axes = report.new_figure(height=6.4, rows=3, sharex=True)
-    for ax, (key, label) in zip(axes, _MEASURES):
+    known = [(key, label) for key, label in _MEASURES if any(m[key] is not None for m in matrices)]
+    fig, axes = report.new_figure(height=2.13 * len(known), rows=len(known), sharex=True)
+    axes = np.atleast_1d(axes)
+    for ax, (key, label) in zip(axes, known):
         kinds, layers, values = _grid(matrices, key, np.mean)
         for i, (kind, line) in enumerate(zip(kinds, values)):
             style = ("-", "--", ":")[i // len(report.PALETTE) % 3]
@@ -61,8 +67,8 @@ def _lines(matrices):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("layer")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    return report.figure(fig, "Effective and stable rank of ΔW, and its Frobenius norm as a share of the pretrained "
-                              "matrix's, by layer.")
+    names = ", ".join(label for _, label in known)
+    return report.figure(fig, f"By layer: {names}. ΔW is the change, W₀ the pretrained matrix; norms are Frobenius norms.")
 
 
 def _kinds(matrices):

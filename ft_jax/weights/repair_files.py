@@ -28,10 +28,10 @@ def target(tuned, out):
 
 
 def run(base, tuned, summary, out, *, factor=0.7, control="none", which="top", include=None, exclude=compare.EXCLUDE,
-        progress=True):  # fmt: skip
+        engine="auto", effective_rank=False, progress=True):  # fmt: skip
     """Writes ``out/repaired``, a checkpoint of the kind that ``tuned`` is, and ``out/repair.json``; returns its content.
 
-    summary: what `compare.compare` returned for the same pair and patterns; its cosines tell the intruders, so the base
+    summary: what `compare.compare` returned for the same pair and options; its cosines tell the intruders, so the base
     is not factorised again. Every tensor without an intruder is copied byte for byte. The numbers after the repair come
     from the files written. Finished output of the same settings and inputs is not computed again.
     """
@@ -48,7 +48,8 @@ def run(base, tuned, summary, out, *, factor=0.7, control="none", which="top", i
     done.unlink(missing_ok=True)
     changed = _write(base, tuned, mended, pairs, rows, {"factor": factor, "control": control, "which": which},
                      summary["eps"], progress)  # fmt: skip
-    after = compare.stream(base, mended, pairs, out / "repaired.jsonl", k=k, progress=progress)
+    after = compare.stream(base, mended, pairs, out / "repaired.jsonl", k=k, eps=summary["eps"], engine=engine,
+                           effective_rank=effective_rank, progress=progress)  # fmt: skip
     after = compare.summarise(base, mended, [after.get(n, row) for n, row in rows.items()], {}, k=k, eps=summary["eps"])
     report = {"settings": settings, "written": _written(mended), **_report(summary, after, changed, tuned, mended, control)}
     files.write_json(done, report)
@@ -64,7 +65,10 @@ def _folder(source):
 
 
 def _written(source):
-    return compare.identity(source) if list(_folder(source).glob("*.safetensors")) else None
+    """The identity of what lies there; None where it is not whole."""
+    held = files.entries(_folder(source))
+    whole = ("adapter_config.json" if isinstance(source, Adapted) else "config.json") in held
+    return compare.identity(source) if whole and any(name.endswith(".safetensors") for name in held) else None
 
 
 def _sources(tuned):
@@ -116,10 +120,11 @@ def _store(second, name, w0, exact, found, how, write, flip):
 
 
 def totals(rows):
-    """Intruders and ‖ΔW‖_F over all matrices, mean effective rank of ΔW over those that changed."""
+    """Intruders and ‖ΔW‖_F over all matrices; mean effective rank of ΔW over those that changed, None where not known."""
     moved = [row["effective_rank"] for row in rows if row["delta_norm"] > 0]
+    known = bool(moved) and None not in moved
     return {"intruders": sum(row["intruders"] for row in rows), "with_intruders": sum(row["intruders"] > 0 for row in rows),
-            "effective_rank": float(np.mean(moved)) if moved else 0.0,
+            "effective_rank": float(np.mean(moved)) if known else None,
             "delta_norm": float(np.sqrt(sum(row["delta_norm"] ** 2 for row in rows)))}  # fmt: skip
 
 
