@@ -9,7 +9,7 @@ from ft_jax.analysis import stats
 from ft_jax.io import files
 from ft_jax.weights import graft, regions
 
-FLIPS = 0.5  # a first step adds half of the mask's size: all tasks start from one mask, and have to part from it in a few steps
+FLIPS = 0.02  # more than for a run of one task: all tasks start from one mask, and have to part from it in a few steps
 
 
 def tree_path(context, seed):

@@ -101,10 +101,11 @@ def _prompted(names, encoder, **more):
 def _graft(**changes):
     """Sizes of a graft study. learned: sizes of learnt masks by method, beside ``region``, the size that every later part uses.
 
-    flips: the first learning step adds this share of the mask's size.
+    flips: the first learning step adds this share of the mask's size. The steps after it add far more, for S gains speed on its
+    way up σ: with a share of 0.2 four steps made masks ten times as large, with this one they end at one to two times.
     """
     return {"magnitude": (1e-4, 1e-3, 1e-2, 1e-1), "random": (1e-2,), "learned": {"sgd": (1e-4,)}, "region": 1e-2,
-            "steps": 4, "examples": 64, "micro": 32, "flips": 0.2, **changes}  # fmt: skip
+            "steps": 4, "examples": 64, "micro": 32, "flips": 0.005, **changes}  # fmt: skip
 
 
 def _runs(main, others, seeds, few):

@@ -31,15 +31,15 @@ def tiny(tmp_path):
     tasks = {}
     for name, make in (("first", folders.reviews), ("second", letters)):
         held = str(folders.write_rows(tmp_path / f"{name}-held.jsonl", make(rng, 60)))
-        tasks[name] = {"source": str(folders.write_rows(tmp_path / f"{name}.jsonl", make(rng, 90))), "num_labels": 2, "max_length": 8,
-                       "splits": {"validation": held, "test": held}, "shots": 16}  # fmt: skip
+        tasks[name] = {"source": str(folders.write_rows(tmp_path / f"{name}.jsonl", make(rng, 200))), "num_labels": 2, "max_length": 8,
+                       "splits": {"validation": held, "test": held}, "shots": 24}  # fmt: skip
     graft_ = settings._graft(magnitude=(1e-2, 1e-1), random=(1e-1,), learned={"sgd": (1e-4,)}, region=5e-2, steps=2, examples=16, micro=8)
     common = {"batch_size": 8, "eval_batch": 20, "test_limit": 40, "validation_limit": 20, "head_examples": 60, "graft": graft_}
     rates = {"adamw": 3e-3, "adamw_l1": 3e-3, "lora_r1": 3e-1, "sgd": 0.3}
     encoder = settings.Bench(
         name="encoder", model=str(folders.make_model_folder(tmp_path / "bert")), line="tiny", head="prototype", tasks=tasks,
-        runs={"first": {"sgd": (100, 13), "adamw": (100,), "adamw_l1": (100,), "lora_r1": (100,)}, "second": {"sgd": (100, 13)}},
-        steps=20, rates=rates, sgd_rates=(0.1, 0.3), tune_steps=4, **common)  # fmt: skip
+        runs={"first": {"sgd": (100, 13), "adamw": (100,), "adamw_l1": (100,), "lora_r1": (100,)}, "second": {"sgd": (100,), "adamw": (100,)}},
+        steps=40, rates=rates, sgd_rates=(0.01, 0.03), tune_steps=4, **common)  # fmt: skip
     prompted = {"first": {**tasks["first"], "template": "{text} was", "label_words": ("bad", "good")}}
     decoder = settings.Bench(
         name="decoder", model=str(folders.make_model_folder(tmp_path / "llama", "llama", "lm")), line="tiny", head="label_words", tasks=prompted,
@@ -47,7 +47,7 @@ def tiny(tmp_path):
     return settings.Setting(
         benches=(encoder, decoder), ood={"methods": ("sgd",), "targets": ("second",)},
         lottery={"method": "sgd", "seeds": 1, "steps": 2, "shares": (0.5,)},
-        multi=settings._multi(("first", "second"), (100, 13), (100,), steps=20, region=5e-2, purify_steps=2, subset_sizes=(2,)),
+        multi=settings._multi(("first", "second"), (100, 13), (100,), method="adamw", steps=40, region=5e-2, purify_steps=2, subset_sizes=(2,)),
         continual={"pairs": (("first", "second"),), "method": "sgd", "seeds": (100,), "steps": 6, "rate_scale": 1.0},
         intruders={"methods": ("sgd", "lora_r1")})  # fmt: skip
 
@@ -106,7 +106,8 @@ def test_grafts_are_of_the_sizes_they_say_and_between_base_and_tuned(done):
         assert learnt["parameters"] == size == sum(sum(x) for x in s["where"]["kinds"].values())
         assert claims.pick(s, "magnitude, as large")["parameters"] == claims.pick(s, "random, as large")["parameters"] == size
         assert sum(b[0] for b in s["tuned"]["bins"]) == 40
-        assert s["tuned"]["accuracy"] > value["base"]["accuracy"] - 0.05
+    learnt = summary["parts"]["graft_first_adamw"]
+    assert learnt["seeds"]["100"]["tuned"]["accuracy"] > learnt["base"]["accuracy"] + 0.1
     view = world.view(context, context.setting.benches[0], "first")
     full, mask = world.tuned(context, context.setting.benches[0], "first", "sgd", 100), world.region(context, context.setting.benches[0], "first", "sgd", 100)
     again = view.accuracy(graft.apply_graft(view.base, full, mask))
@@ -145,10 +146,11 @@ def test_shares_of_energy_are_shares(done):
 
 
 def test_a_rank_one_change_lies_in_its_own_direction():
-    """A large rank-one change of an orthogonal base is one intruder that holds all of it; the rest holds nothing."""
+    """A large rank-one change of a base of clear directions is one intruder that holds all of it; the rest holds nothing."""
     rng = np.random.default_rng(0)
-    base = np.linalg.qr(rng.standard_normal((24, 24)))[0].astype(np.float32)
-    v, u = (x / np.linalg.norm(x) for x in rng.standard_normal((2, 24)))
+    first, second = (np.linalg.qr(rng.standard_normal((64, 64)))[0] for _ in range(2))
+    base = ((first * 10 * 0.8 ** np.arange(64)) @ second).astype(np.float32)
+    v, u = (x / np.linalg.norm(x) for x in rng.standard_normal((2, 64)))
     change = (50 * np.outer(v, u)).astype(np.float32)
     trees = [{"layers": {"mlp": {"up": {"kernel": w[None]}}}} for w in (base, base + change)]
     found = intruders.directions(*trees)
@@ -172,7 +174,7 @@ def test_scales_are_whole(done):
         for method in (*setting.ood["methods"], *setting.intruders["methods"], setting.lottery["method"], setting.multi["method"]):
             assert method in bench.runs[bench.main], (scale, method)
         for seed in (*setting.multi["seeds"], *setting.multi["transfer_seeds"]):
-            assert all(seed in bench.runs[t]["sgd"] for t in setting.multi["tasks"])
+            assert all(seed in bench.runs[t][setting.multi["method"]] for t in setting.multi["tasks"])
         assert all(seed in bench.runs[a]["sgd"] for a, _ in setting.continual["pairs"] for seed in setting.continual["seeds"])
 
 
