@@ -258,7 +258,7 @@ def assert_same_runs(folder, reference, names):
             for path, value in one.items():
                 np.testing.assert_array_equal(value, two[path], err_msg=f"{name} {path}")
         assert rows_of(folder / name) == rows_of(reference / name)
-        keys = ("steps", "best_step", "best_accuracy", "validation", "trainable_parameters")
+        keys = ("steps", "best_step", "validation", "trainable_parameters")
         one, two = (json.loads((root / name / "DONE").read_text()) for root in (folder, reference))
         assert {k: one[k] for k in keys} == {k: two[k] for k in keys}
 
@@ -334,15 +334,33 @@ def test_a_member_that_diverges_costs_no_other(lora, home, tmp_path, monkeypatch
     assert_same_runs(tmp_path / "again", tmp_path / "all", configs)
 
 
-def test_patience_stops_a_member_alone(home, tmp_path):
-    """A learning rate of 0 never gets better: stopped after one evaluation without; the other goes on as it would alone."""
-    common = {"eval": {"metric": "loss", "patience": 1, "every": 2}, "save": {"every": 100}, **low_rank("lora(rank=2)")}
+def test_patience_stops_a_member_alone(home, tmp_path, monkeypatch):
+    """Scripted losses fall as B grows, so a learning rate of 0 is stopped; the other goes on, also after a restart."""
+
+    def scripted(objective):
+        def evaluate(trainable, frozen, batches):
+            return {"loss": -float(sum(jnp.abs(x).sum() for p, x in tree.flatten(trainable).items() if p.endswith("/b")))}
+
+        return evaluate
+
+    def crash(run, step, metrics, log=runs.Run.log):
+        log(run, step, metrics)
+        if step == 5:
+            raise RuntimeError("stopped here")
+
+    monkeypatch.setattr(train, "make_eval", scripted)
+    common = {"eval": {"metric": "loss", "patience": 1, "every": 2}, "save": {"every": 3}, **low_rank("lora(rank=2)")}
     configs = {"stuck": config(home, **common, optimizer={"learning_rate": 0.0}), "moves": config(home, **common)}
     found = population.train(configs, tmp_path / "all")
-    assert found["stuck"]["steps"] == 4 and [p.name for p in (tmp_path / "all/stuck/checkpoints").iterdir()] == ["4"]
-    alone = train.train(configs["moves"], tmp_path / "moves")
-    assert found["moves"]["steps"] == alone["steps"] > 4
-    assert_same_weights(tmp_path / "all" / "moves", tmp_path / "moves")
+    assert [found[n]["steps"] for n in configs] == [4, 8] and found["stuck"]["best_step"] == 2
+    assert [[p.name for p in (tmp_path / "all" / n / "checkpoints").iterdir()] for n in configs] == [["4"], ["8"]]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "log", crash)
+        with pytest.raises(RuntimeError, match="stopped here"):
+            population.train(configs, tmp_path / "again")
+    again = population.train(configs, tmp_path / "again")
+    assert {n: s["steps"] for n, s in again.items()} == {n: s["steps"] for n, s in found.items()}
+    assert_same_runs(tmp_path / "again", tmp_path / "all", configs)
 
 
 def test_members_spread_over_devices(lora, home, tmp_path, monkeypatch):
