@@ -28,6 +28,12 @@ def predict(model, params, data, objective, batch_size, label=None):
     return _predictor(model, objective)(params, bar)
 
 
+@functools.lru_cache(maxsize=16)
+def interned(model, head=None):
+    """The first model equal to this one (with that head): methods of equal objects differ, and would compile again."""
+    return model.with_head(head) if head else model
+
+
 @functools.lru_cache(maxsize=4)
 def _embedder(model):
     return jax.jit(lambda p, b: model.with_head("pooled").apply(p, inputs_of(b)))
@@ -79,7 +85,7 @@ def halves(folder, texts, *, batch_size, length):
 
 def contrastive(model, params, batches, label="contrastive"):
     """Contrastive loss and retrieval accuracy of the pooled embeddings: the pre-training objective of a sentence encoder."""
-    return forgetting.contrastive_loss(model.with_head("pooled").apply, params, batches, label=label)
+    return forgetting.contrastive_loss(interned(model, "pooled").apply, params, batches, label=label)
 
 
 def questions(folder, source, split, *, limit, batch_size, length):
