@@ -61,6 +61,8 @@ def main(argv=None):
     if args.publish:
         print(f"{shared.publish(study, args.scale, args.workdir)} holds the results")
         return
+    if args.restore:
+        print(f"restored: {', '.join(shared.restore(study, args.scale, args.workdir)) or 'nothing that was missing'}")
     failed = shared.run(study, args.scale, args.workdir, args.only)
     folder = args.workdir or shared.default_workdir(study, args.scale)
     print(f"{folder}/report.html and {folder}/summary.json are ready")

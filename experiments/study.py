@@ -193,6 +193,23 @@ def publish(study, scale, workdir=None):
     return target
 
 
+def restore(study, scale, workdir=None):
+    """Puts the parts of the results beside the study into a folder that lacks them, so that only the others are computed.
+
+    Refuses results of another setting. Returns the names of the parts.
+    """
+    setting, workdir = study.setting(scale), Path(workdir or default_workdir(study, scale))
+    held = files.read_json(Path(__file__).parent / study.name / "results" / scale / "summary.json")
+    _same_setting(workdir, setting)
+    if held["setting"] != json.loads((workdir / "setting.json").read_text()):
+        raise UserError(f"the results of {study.name} at scale {scale} were made with another setting")
+    wanted = [n for n in study.parts(setting) if n in held["parts"] and not (workdir / "parts" / f"{n}.json").exists()]
+    for name in wanted:
+        kept = {"seconds": held["made"]["seconds"][name], "machine": " and ".join(held["made"]["machine"]), "value": held["parts"][name]}
+        files.write(workdir / "parts" / f"{name}.json", json.dumps(kept, separators=(",", ":")).encode())
+    return wanted
+
+
 def machine():
     device = jax.devices()[0]
     return f"{os.cpu_count()} CPU cores ({platform.machine()})" if device.platform == "cpu" else f"{jax.device_count()} × {device.device_kind}"
@@ -232,4 +249,5 @@ def arguments(prog, description, argv):
     parser.add_argument("--workdir", type=Path, help="default: runs/STUDY/SCALE")
     parser.add_argument("--only", default=".*", help="regex of parts: only these; two processes may take different ones")
     parser.add_argument("--publish", action="store_true", help="copy the finished results beside the study")
+    parser.add_argument("--restore", action="store_true", help="start from the results beside the study: only what they lack is computed")
     return parser.parse_args(argv)

@@ -89,6 +89,18 @@ def test_publishing_wants_small_results(tmp_path, monkeypatch):
         study.publish(make([]), "smoke", tmp_path / "w")
 
 
+def test_published_results_are_where_another_run_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "__file__", str(tmp_path / "experiments" / "study.py"))
+    study.run(make([], broken=("two",)), "smoke", tmp_path / "w")
+    study.publish(make([]), "smoke", tmp_path / "w")
+    calls = []
+    assert study.restore(make(calls), "smoke", tmp_path / "other") == ["one"]
+    assert study.run(make(calls), "smoke", tmp_path / "other") == [] and calls == ["two", "both"]
+    monkeypatch.setattr(study.Study, "setting", lambda self, scale: Setting(4))
+    with pytest.raises(UserError, match="another setting"):
+        study.restore(make([]), "smoke", tmp_path / "third")
+
+
 def test_a_band_spans_the_seeds():
     ax = Figure().subplots()
     line = study.band(ax, [1, 2], [[0.0, 4.0], [2.0, np.nan]])
