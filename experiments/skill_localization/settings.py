@@ -25,7 +25,9 @@ METHODS = {  # {name: (method group of a train config, optimizer group without i
     # Clipped, unlike the paper's: the prototype head's logits are steep, and one large step early ruins a run.
     "sgd": (FULL, {"name": "sgd", "schedule": "constant", "warmup": 0.0, "clip": 1.0, "hp": {"weight_decay": 1e-4}}),
     "adamw": (FULL, LINEAR_DECAY),
-    "adamw_l1": (FULL, {**LINEAR_DECAY, "name": "adamw_l1", "hp": {"l1": 1e-3}}),
+    # A pull of 1e-3 is three times the gradient's root mean square here (its norm is near 1 over 10 million parameters): nothing
+    # moved, the tuned model was the base (63 % against 64 %). This is a tenth of it.
+    "adamw_l1": (FULL, {**LINEAR_DECAY, "name": "adamw_l1", "hp": {"l1": 3e-5}}),
     "lora_r1": (_lora(1), LINEAR_DECAY),
     "lora_r8": (_lora(8), LINEAR_DECAY),
 }  # fmt: skip
