@@ -47,12 +47,12 @@ class Member:
     def failed(self):
         return failure(self.run.path)
 
-    @property
+    @functools.cached_property
     def rank(self):
         leaves = jax.tree.leaves(self.parts["params"], is_leaf=lambda x: isinstance(x, LowRank))
         return max((x.a.shape[-1] for x in leaves if isinstance(x, LowRank)), default=0)
 
-    @property
+    @functools.cached_property
     def shapes(self):
         """((trainable, optimiser state), frozen) as shapes, with the member's own ranks."""
         trainable, frozen = tree.split(self.parts["params"], self.parts["mask"])

@@ -58,8 +58,8 @@ def _timed(fn):
 def rows(shape="minilm", members=8, steps=20, rounds=2, batch_size=None, length=None):
     """Seconds of the population and of the single runs, in turn within each round; medians over the rounds.
 
-    Returns two rows {what, shape, ours, peer, ratio, unit}: a step of all members once compiled, and the whole of the
-    runs with loading, compilation, validation and checkpoints. ratio = ours / peer.
+    Returns two rows {what, shape, ours, peer, ratio, unit, samples}: a step of all members once compiled, and the whole
+    of the runs with loading, compilation, validation and checkpoints. ratio = ours / peer; samples are those of each round.
     """
     if shape not in SHAPES:
         raise errors.UserError(f"no shape called {shape!r}{errors.nearest(shape, SHAPES)}")
@@ -95,7 +95,8 @@ def _prepare(chosen):
 
 def _row(what, shape, seconds):
     ours, peer = (statistics.median(seconds[side]) for side in ("ours", "peer"))
-    return {"what": what, "shape": shape, "ours": ours, "peer": peer, "ratio": ours / peer, "unit": "s"}
+    return {"what": what, "shape": shape, "ours": ours, "peer": peer, "ratio": ours / peer, "unit": "s",
+            "samples": seconds}  # fmt: skip
 
 
 @errors.cli
