@@ -230,23 +230,22 @@ def _tradeoff(context):
     change = {name: [np.mean(s[-1][name]) - np.mean(s[0][name]) for s in seeds] for name in ("discrete", "continuous")}
     yield _row(
         "Fine-tuning on the discrete tasks improves them at the expense of the continuous ones", "Abstract and section 2 (curves)",
-        f"error change: discrete {spread(change['discrete'], '+.3f')}, continuous {spread(change['continuous'], '+.3f')}",
+        f"error change: discrete {spread(change['discrete'])}, continuous {spread(change['continuous'])}",
         _verdict(max(change["discrete"]) < 0 < min(change["continuous"])), "Mean squared error over places; every seed has to agree.")  # fmt: skip
 
 
 def _near(context):
     v = context.value("icl_near")
-    before = np.asarray([s["pretrained"] for s in v["seeds"].values()])
-    rise = ((np.asarray([s["tuned"] for s in v["seeds"].values()]) - before) / before).mean(0)
-    off = [i for i, r in enumerate(v["distances"]) if r > 0]
-    peak = max(off, key=rise.__getitem__)
+    before, after = (np.asarray([s[m] for s in v["seeds"].values()]) for m in ("pretrained", "tuned"))
+    rise, ratio = (after - before).mean(0), (after / before - 1).mean(0)
+    peak = int(np.argmax(ratio))
     yield _row(
-        "Forgetting is worst for tasks near the fine-tuning tasks, and slight far from them",
+        "Forgetting is worst for continuous tasks near the fine-tuning tasks, and slighter far from them",
         "Abstract and section 2: the drop is largest close to the fine-tuning distribution",
-        "rise of the error by distance: " + ", ".join(f"{r:g}: {x:+.0%}" for r, x in zip(v["distances"], rise, strict=True)),
-        _verdict(peak != off[-1] and rise[peak] > 2 * max(rise[off[-1]], 0), len(off) > 2),
-        f"Relative to the pretrained error; largest at {v['distances'][peak]:g}. "
-        "Holds if that is over twice the rise at the largest distance.")  # fmt: skip
+        "rise of the error by distance: " + ", ".join(f"{d:.2f}: {r:+.2f} ({x:+.0%})" for d, r, x in zip(v["distances"], rise, ratio, strict=True)),
+        _verdict(peak < len(ratio) - 1 and ratio[peak] > 2 * ratio[-1] and ratio[0] > ratio[-1]),
+        f"Gaussian tasks in bins by the nearest discrete task; the relative rise is largest in bin {peak + 1} of {len(ratio)}. "
+        "Holds if that is over twice the farthest bin's, and the nearest bin's is larger than it too.")  # fmt: skip
 
 
 def _conjugate(context):

@@ -97,26 +97,30 @@ def tune(context):
 
 
 def near(context):
-    """Forgetting by the distance of a prompt's task from the nearest discrete one: {distances, seeds: {seed: {model: [error]}}, optimal}.
+    """Forgetting on continuous tasks by their distance from the nearest discrete one, in bins of as many tasks each.
 
-    Tasks w = w_t + r u with u uniform on the sphere. Errors are means over all places; ``posterior`` is what the optimal
-    mixture believes of the discrete branch at the end of the prompt.
+    {distances: [bin's mean], seeds: {seed: {model: [error]}}, optimal: {ridge, discrete: [error], posterior: [bin]}}. Errors are
+    means over places; ``posterior`` is what the optimal mixture believes of the discrete branch at the last place.
     """
-    s, rows = context.setting.regression, {str(seed): {"pretrained": [], "tuned": []} for seed in context.setting.regression.seeds}
-    best = {"ridge": [], "discrete": [], "posterior": []}
-    for i, r in enumerate(s.distances):
-        rng = np.random.default_rng(2 * 10**6 + i)
-        aside = rng.standard_normal((s.test_rows, s.dimension))
-        centre = known(s)[rng.integers(s.tasks, size=s.test_rows)]
-        batch, truth = _with_truth(s, rng, (centre + r * aside / np.linalg.norm(aside, axis=1, keepdims=True)).astype(np.float32))
-        best["ridge"].append(float(regression.error(regression.ridge(batch["x"], batch["y"], s.noise)[0], truth).mean()))
-        best["discrete"].append(float(regression.error(regression.discrete(batch["x"], batch["y"], known(s), s.noise)[0], truth).mean()))
-        best["posterior"].append(float(regression.mixture(batch["x"], batch["y"], known(s), s.noise, s.share)[1][:, -1].mean()))
-        for seed in s.seeds:
-            for name, names in (("pretrained", ("icl", seed)), ("tuned", ("icl", "tuned", seed))):
-                said = apply(s)(model_of(context, *names), batch["x"], batch["y"])
-                rows[str(seed)][name].append(float(regression.error(said, truth).mean()))
-    return {"distances": list(s.distances), "seeds": rows, "optimal": best}
+    s, rng = context.setting.regression, np.random.default_rng(2 * 10**6)
+    weights = rng.standard_normal((4 * s.test_rows, s.dimension)).astype(np.float32)
+    batch, truth = _with_truth(s, rng, weights)
+    away = np.linalg.norm(weights[:, None] - known(s), axis=-1).min(1)
+    bins = np.array_split(np.argsort(away), s.bins)
+
+    def binned(said):
+        wrong = np.square(np.asarray(said, float) - truth).mean(1)
+        return [float(wrong[rows].mean()) for rows in bins]
+
+    posterior = regression.mixture(batch["x"], batch["y"], known(s), s.noise, s.share)[1][:, -1]
+    best = {"ridge": binned(regression.ridge(batch["x"], batch["y"], s.noise)[0]),
+            "discrete": binned(regression.discrete(batch["x"], batch["y"], known(s), s.noise)[0]),
+            "posterior": [float(posterior[rows].mean()) for rows in bins]}  # fmt: skip
+    out = {}
+    for seed in s.seeds:
+        models = {"pretrained": model_of(context, "icl", seed), "tuned": model_of(context, "icl", "tuned", seed)}
+        out[str(seed)] = {name: binned(apply(s)(params, batch["x"], batch["y"])) for name, params in models.items()}
+    return {"distances": [float(away[rows].mean()) for rows in bins], "seeds": out, "optimal": best}
 
 
 def conjugate(context):

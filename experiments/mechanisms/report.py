@@ -218,12 +218,12 @@ def _forgetting(context):
     band(right, near["distances"], rose, color=page.PALETTE[1], label="rise")
     band(right, near["distances"], np.divide(rose, base), color=page.PALETTE[3], label="rise / pretrained error")
     right.axhline(0, color=GREY, lw=0.8)
-    right.set_xlabel("distance of the task from a discrete one")
+    right.set_xlabel("distance to the nearest discrete task")
     right.set_ylabel("rise of the error by fine-tuning")
     right.legend(fontsize=8)
     return ("What is forgotten, and where", [page.figure(
-        fig, "Left: the trade-off during fine-tuning on the discrete branch. Right: how much the error rises on tasks at a given distance from "
-        "one of the discrete tasks.")])  # fmt: skip
+        fig, "Left: the trade-off during fine-tuning on the discrete branch. Right: how much the error rises on continuous tasks, by their "
+        "distance from the nearest discrete one.")])  # fmt: skip
 
 
 def _conjugating(context):

@@ -46,7 +46,7 @@ class Counting:
 class Regression:
     """arXiv:2309.10105. share: α of the pretraining mixture; factors: γ of conjugate prompting.
 
-    distances: of a prompt's task from a discrete one.
+    bins: of continuous tasks by their distance from the nearest discrete one.
     """
 
     dimension: int = 3
@@ -63,9 +63,9 @@ class Regression:
     rate: float = 3e-3
     tune_steps: int = 200
     tune_marks: tuple[int, ...] = (0, 10, 20, 50, 100, 200)
-    tune_rate: float = 3e-4
+    tune_rate: float = 1e-3
     factors: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
-    distances: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+    bins: int = 6
     test_rows: int = 500
     shares: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.3)
     ranks: tuple[int, ...] = (1, 16)
@@ -84,7 +84,7 @@ SCALES = {
                  revert_marks=(0, 10, 20), correlations={"medium": (0.0, 1.0), "small": (1.0,)}, test_rows=64, probe_rows=(100, 50),
                  prune=(1, 5), shares=(0.01, 0.1), ranks=(1,)),
         Regression(dimension=2, pairs=6, tasks=4, width=32, layers=2, seeds=(0,), batch=32, steps=100, tune_steps=20,
-                   tune_marks=(0, 10, 20), factors=(1.0, 2.0), distances=(0.0, 1.0), test_rows=100, shares=(0.01, 0.1), ranks=(1,)),
+                   tune_marks=(0, 10, 20), factors=(1.0, 2.0), bins=3, test_rows=100, shares=(0.01, 0.1), ranks=(1,)),
     ),
     "cpu": Setting(Counting(), Regression()),
     "full": Setting(

@@ -18,7 +18,7 @@ TINY = Counting(length=6, width=16, layers=1, heads=2, families=("count", "recou
                 correlations={"medium": (0.0, 1.0), "small": (1.0,)}, revert_steps=10, revert_marks=(0, 10), test_rows=32, probe_rows=(40, 20),
                 prune=(1,), shares=(0.1,), ranks=(1,))  # fmt: skip
 TINY_ICL = Regression(dimension=2, pairs=3, tasks=2, width=16, layers=1, heads=2, seeds=(0,), batch=16, steps=10, tune_steps=10, tune_marks=(0, 10),
-                      factors=(1.0, 2.0), distances=(0.0, 1.0), test_rows=20, shares=(0.1,), ranks=(1,))  # fmt: skip
+                      factors=(1.0, 2.0), bins=3, test_rows=20, shares=(0.1,), ranks=(1,))  # fmt: skip
 
 
 def sampled(seed=0, rows=5, pairs=4, dimension=2, noise=0.7):
