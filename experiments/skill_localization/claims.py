@@ -210,8 +210,10 @@ def multi(context):
     for key, what in (("spearman", "overlap"), ("spearman_added", "overlap of what learning added")):
         rho = value[key]
         said = "too few pairs" if rho["rho"] is None else f"Spearman ρ {rho['rho']:.2f} [{rho['low']:.2f}, {rho['high']:.2f}] over {rho['n']} ordered pairs"
-        out.append(row(f"Overlap tracks the similarity of tasks ({what})", "yes", said, OPEN if rho["rho"] is None else verdict(rho["low"] > 0),
-                       "With the gain that a model of one task brings to the other; holds when the bootstrap interval is above 0."))  # fmt: skip
+        told = rho["rho"] is not None and (rho["low"] > 0 or rho["high"] < 0)
+        out.append(row(f"Overlap tracks the similarity of tasks ({what})", "yes", said, verdict(told and rho["low"] > 0, told), "With the gain that a model "
+                       "of one task brings to the other; holds when the bootstrap interval is above 0"
+                       + ("." if told else ", which it includes here: too few tasks to tell.")))  # fmt: skip
     train, unions = context.get("multi_train"), context.get("multi_union")
     if train and unions:
         inside, outside = [], []

@@ -175,7 +175,7 @@ def _moved(start, found, mask):
     return inside / max(sum(float(np.square(c, dtype=np.float64).sum()) for c in change.values()), np.finfo(float).tiny)
 
 
-def kept(scores, base, tuned, tasks):
-    """Mean over tasks of the share of the multi-task gain that a graft keeps; None where no task gained."""
-    shares = [(scores[t] - base[t]) / (tuned[t] - base[t]) for t in tasks if tuned[t] > base[t]]
+def kept(scores, base, tuned, tasks, margin=0.02):
+    """Mean over tasks of the share of the multi-task gain that a graft keeps; None where no task gained more than ``margin``."""
+    shares = [(scores[t] - base[t]) / (tuned[t] - base[t]) for t in tasks if tuned[t] > base[t] + margin]
     return float(np.mean(shares)) if shares else None

@@ -69,7 +69,7 @@ def unions(context, train):
     rows = [{"tasks": ", ".join(map(name, tasks)), "share": float(np.mean([x[0] for x in xs])), "in": spread([x[1] for x in xs], ".0%"),
              "out": spread([x[2] for x in xs], ".0%")} for tasks, xs in by.items()]  # fmt: skip
     columns = [("tasks", "union of the regions of"), ("share", "share", ".2%"), ("in", "gain kept, these tasks"), ("out", "gain kept, the others")]
-    return [page.table(rows, columns, "Grafts of unions, as shares of the multi-task model's gain (tasks without a gain do not count).")]
+    return [page.table(rows, columns, "Grafts of unions, as shares of the multi-task model's gain (tasks that gained under 2 points do not count).")]
 
 
 def purified(context):

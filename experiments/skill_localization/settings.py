@@ -155,8 +155,8 @@ SCALES = {
         ),
         ood={"methods": ("sgd",), "targets": ("imdb", "vader_amazon", "vader_tweets")},
         lottery={"method": "sgd", "seeds": 2, "steps": 10, "shares": (0.5,)},
-        multi=_multi(TASKS, SEEDS[:2], SEEDS[:2]),
-        continual={"pairs": (("rotten_tomatoes", "subjects"),), "method": "sgd", "seeds": SEEDS[:2], "steps": 30, "rate_scale": 1.0},
+        multi=_multi(TASKS, SEEDS[:2], SEEDS[:2], steps=200),
+        continual={"pairs": (("rotten_tomatoes", "subjects"), ("bbc", "rotten_tomatoes")), "method": "sgd", "seeds": SEEDS[:2], "steps": 40, "rate_scale": 1.0},
         intruders={"methods": ("adamw", "lora_r1", "lora_r8")}),
     "full": Setting(
         benches=(
