@@ -2,13 +2,13 @@
 
 max_i |cos(u0_i, u_j)| is enclosed from both sides. The top base vectors come from Lanczos, with bounds on their
 angles (`lanczos.angle_bounds`): they give the lower end. For the base vectors beyond them, u_j less its part along
-the known ones holds all there is: first its length is the bound, then the Christoffel function of the spectral
-measure it has under W0ᵀW0: no point λ carries more mass than 1 / Σ_k p_k(λ)², with p_k the orthonormal polynomials that
-Lanczos from that vector yields (Nevai, J. Approx. Theory 1986). A direction is decided when ε lies outside its
-interval. Directions that stay open make the matrix fall back to the full factorisation of both.
+the known ones holds all there is: first its length is the bound, then the largest mass that its spectral measure
+under W0ᵀW0 can have at one point, by the Chebyshev-Markov-Stieltjes inequalities for the quadrature that Lanczos from
+that vector yields (Szegő, Orthogonal Polynomials, 3.41). A direction is decided when ε lies outside its interval.
+Directions that stay open make the matrix fall back to the full factorisation of both.
 
 The bounds are theorems about the vectors computed, checked in float64, under one assumption: that Lanczos from a
-start with random vectors missed no eigenvalue above its last one. The Christoffel bound uses float32 products.
+start with random vectors missed no eigenvalue above its last one. The masses come from float32 products.
 """
 
 import numpy as np
@@ -16,10 +16,11 @@ import scipy.linalg
 
 from ft_jax.analysis import lanczos, spectral, svd_cache, topk
 
-LADDER = (0.1, 0.01, 1e-3)  # angle asked of the vectors, until every direction is decided
-EXTRA = 4  # base vectors beyond k: fine-tuning swaps neighbours at the border
-MOMENTS = 24, 96  # Lanczos steps of the Christoffel bound, tried in turn
-_SLACK = 1e-3  # on a squared cosine, for float32 in the Lanczos coefficients and the search for the maximum
+LADDER = (0.3, 0.03, 1e-3)  # angle asked of the vectors, until every direction is decided
+EXTRA = 2  # base vectors beyond k that are as good as the k: fine-tuning swaps neighbours at the border
+STEPS = 10  # of Lanczos between restarts: from a random start, longer rounds need a third fewer products
+MOMENTS = 24, 96  # Lanczos steps that bound the mass at a point, tried in turn
+_SLACK = 1e-3  # on a squared cosine, for float32 in the Lanczos coefficients
 
 
 def _angle(sine):
@@ -41,11 +42,11 @@ def _subspace(ritz, sines):
     return (good[-1] + 1, sine[good[-1]]) if len(good) else (0, 0.0)
 
 
-def christoffel(op, vectors, steps, top):
-    """Largest mass that the spectral measure of each column under WᵀW can have at one point of ``[0, top]``: ``[m]``.
+def point_mass(op, vectors, steps, top):
+    """The most that the spectral measure of each column under WᵀW can hold at one point of ``[0, top]``: ``[m]``.
 
     vectors: ``[d_out, m]`` float32, of length 1. ``steps`` Lanczos steps with full reorthogonalisation, all columns
-    together; maximum over a Chebyshev grid and the Ritz values, refined around the best points.
+    together, give the nodes and weights of Gauss quadrature; between two nodes lies at most the sum of their weights.
     """
     basis = np.zeros((steps + 1, *vectors.shape), np.float32)
     basis[0], alphas, betas = vectors, [], []
@@ -54,57 +55,50 @@ def christoffel(op, vectors, steps, top):
         alphas.append(np.einsum("nm,nm->m", out, basis[i], dtype=np.float64))
         for _ in range(2):
             out = out - np.einsum("knm,km->nm", basis[: i + 1], np.einsum("knm,nm->km", basis[: i + 1], out))
-        betas.append(np.linalg.norm(out, axis=0).astype(np.float64))
-        if (betas[-1] < 1e-5 * alphas[0]).any():  # a column's Krylov space is used up
-            break
-        basis[i + 1] = out / betas[-1].astype(np.float32)
-    return np.array([_largest_mass(a, b, top) for a, b in zip(np.transpose(alphas), np.transpose(betas))])
+        beta = np.linalg.norm(out, axis=0)
+        beta[beta <= 1e-5 * alphas[0]] = 0  # the column's Krylov space is used up: what follows has no weight
+        betas.append(beta.astype(np.float64))
+        basis[i + 1] = np.where(beta > 0, out / np.where(beta > 0, beta, 1), 0)
+    return np.array([_heaviest(a, b, top) for a, b in zip(np.transpose(alphas), np.transpose(betas))])
 
 
-def _largest_mass(alpha, beta, top):
-    ritz = np.linalg.eigvalsh(np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1))
-    grid = top * (1 - np.cos(np.linspace(0, np.pi, 16 * len(alpha)))) / 2
-    grid = np.sort(np.concatenate([grid, ritz[(ritz > 0) & (ritz < top)]]))
-    for _ in range(3):
-        mass = _mass(alpha, beta, grid)
-        best = np.argsort(mass)[-4:]
-        ends = grid[np.maximum(best - 1, 0)], grid[np.minimum(best + 1, len(grid) - 1)]
-        grid = np.sort(np.linspace(*ends, 33).ravel())
-    return _mass(alpha, beta, grid).max()
+def _heaviest(alpha, beta, top):
+    nodes, vectors = np.linalg.eigh(np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1))
+    weights = np.concatenate([[0.0], np.square(vectors[0]), [0.0]])
+    between = weights[:-1] + weights[1:]  # under the first node, between neighbours, above the last
+    return between[np.concatenate([[0.0], nodes]) <= top].max()
 
 
-def _mass(alpha, beta, at):
-    """1 / Σ_k p_k(λ)² for λ in ``at``, p_k from the three-term recurrence."""
-    before, now = np.zeros_like(at), np.ones_like(at)
-    total = now.copy()
-    for k in range(len(alpha) - 1):
-        last = beta[k - 1] if k else 0.0
-        before, now = now, np.clip(((at - alpha[k]) * now - last * before) / beta[k], -1e100, 1e100)
-        total += now * now
-    return 1 / total
+class _RowSpace:
+    """Projection on the span of the base's left vectors, where that is not the whole output space (d_out > d_in).
 
-
-def _row_part(base, vectors):
-    """The part of each column in the span of the base's left vectors, and the most that one of them loses of it.
-
-    Where d_out ≤ d_in that is everything. Else W0ᵀ y with (W0 W0ᵀ) y = W0 u by Cholesky in float64; what is left, s,
-    has |<u0_i, s>| ≤ ‖W0 s‖ / σ_n, with σ_n from inverse iteration and half of it for safety.
+    W0ᵀ y with (W0 W0ᵀ) y = W0 u by Cholesky in float64, made when first needed. What is left over, s, has
+    |<u0_i, s>| ≤ ‖W0 s‖ / σ_n, with σ_n from inverse iteration, halved for safety.
     """
-    if base.shape[1] <= base.shape[0]:
-        return vectors, 0.0
-    gram = spectral.gram(base)
-    try:
-        factor = scipy.linalg.cho_factor(gram, lower=False, overwrite_a=True, check_finite=False)
-    except np.linalg.LinAlgError:
-        return vectors, 1.0
-    least, probe = np.inf, np.random.default_rng(0).standard_normal(len(gram))
-    for _ in range(8):
-        probe = scipy.linalg.cho_solve(factor, probe / np.linalg.norm(probe), check_finite=False)
-        least = 1 / np.linalg.norm(probe)
-    solved = scipy.linalg.cho_solve(factor, _times(base, vectors), check_finite=False)
-    part = _times(base.T, solved)
-    lost = np.linalg.norm(_times(base, vectors - part), axis=0).max()
-    return part, min(1.0, 2 * lost / np.sqrt(least))
+
+    def __init__(self, base):
+        self.base, self._factor, self._least = base, None, None
+
+    def _factorise(self):
+        self._factor = scipy.linalg.cho_factor(spectral.gram(self.base), overwrite_a=True, check_finite=False)
+        probe = np.random.default_rng(0).standard_normal(len(self._factor[0]))
+        for _ in range(8):
+            probe = scipy.linalg.cho_solve(self._factor, probe / np.linalg.norm(probe), check_finite=False)
+        self._least = np.sqrt(1 / np.linalg.norm(probe))
+
+    def part(self, vectors):
+        """``(part of each column in the span, the most that one left vector loses of it)``."""
+        if self.base.shape[1] <= self.base.shape[0]:
+            return vectors, 0.0
+        try:
+            if self._factor is None:
+                self._factorise()
+        except np.linalg.LinAlgError:  # rank-deficient: the whole vector is bounded instead, which is valid but looser
+            return vectors, 0.0
+        solved = scipy.linalg.cho_solve(self._factor, _times(self.base, vectors), check_finite=False)
+        part = _times(self.base.T, solved)
+        lost = 2 * np.linalg.norm(_times(self.base, vectors - part), axis=0).max() / self._least
+        return (part, lost) if lost < _SLACK else (vectors, 0.0)
 
 
 def _times(w, x):
@@ -134,8 +128,8 @@ def _enclose(ritz, base, sines, base_sines):
     return lower, upper, rest, sine * length, reach
 
 
-def _decide(op, ritz, base, k, eps):
-    """``(cosine, lower, upper)`` of the first k directions; Christoffel bounds only where they can decide."""
+def _decide(space, ritz, base, k, eps):
+    """``(cosine, lower, upper)`` of the first k directions; point masses only where they can decide."""
     sines = lanczos.angle_bounds(ritz.values, ritz.residuals, k)
     base_sines = lanczos.angle_bounds(base.values, base.residuals, len(base.values) - 1)
     lower, known, rest, slack, reach = _enclose(ritz, base, sines, base_sines)
@@ -146,16 +140,17 @@ def _decide(op, ritz, base, k, eps):
 
     open_ = (lower < eps) & (known < eps) & (beyond() >= eps)
     if open_.any():
-        rest, lost = _row_part(op[0], rest)
+        rest, lost = space.part(rest)
         size, slack = np.linalg.norm(rest, axis=0), slack + lost
     for steps in MOMENTS:
         open_ = open_ & (beyond() >= eps)
         if not open_.any():
             break
         start = (rest[:, open_] / size[open_]).astype(np.float32)
-        share[open_] = np.minimum(christoffel(op, start, steps, reach) + _SLACK, 1)
+        share[open_] = np.minimum(point_mass((space.base, None, None), start, steps, reach) + _SLACK, 1)
     cosine = np.abs(base.vectors[:, : len(base_sines)].T @ ritz.vectors[:, :k]).max(axis=0)
-    return cosine, lower, np.maximum(np.maximum(known, beyond()), lower)
+    null = ritz.values[:k] <= spectral.NULL**2 * ritz.values[0]
+    return tuple(np.where(null, 1.0, x) for x in (cosine, lower, np.maximum(np.maximum(known, beyond()), lower)))
 
 
 def intruders(base, tuned, *, k=10, eps=0.5):
@@ -169,6 +164,7 @@ def intruders(base, tuned, *, k=10, eps=0.5):
     topk.check(base, tuned)
     op, base_op = tuple(None if x is None else np.asarray(x) for x in topk.parts(tuned)), (base, None, None)
     n, m = min(base.shape), k + EXTRA
+    steps = STEPS if 2 * lanczos.basis_size(m, STEPS) <= n else lanczos.STEPS
     if topk.same(base, op):
         return _row(np.ones(k), np.ones(k), np.ones(k), _sizes(base_op, k, n), eps, 0)
     if n < topk.MIN_SIDE or 2 * lanczos.basis_size(m) > n:
@@ -176,16 +172,16 @@ def intruders(base, tuned, *, k=10, eps=0.5):
     rng = np.random.default_rng(0)
     vectors = topk.start_block(op, np.zeros((base.shape[1], 0), np.float32), k, rng)
     extra = rng.standard_normal((base.shape[1], EXTRA + lanczos.GUARD - 2), np.float32)
-    known = None
+    known, space = None, _RowSpace(base)
     for tolerance in LADDER:
-        vectors = lanczos.top(op, vectors, k, tolerance=tolerance)
+        vectors = lanczos.top(op, vectors, k, tolerance=tolerance, steps=steps)
         known = np.concatenate([vectors[:, : k + 2], extra], axis=1) if known is None else known
-        known = lanczos.top(base_op, known, m, tolerance=tolerance)
+        known = lanczos.top(base_op, known, m, tolerance=tolerance, steps=steps)
         ritz = lanczos.polish(op, vectors)
-        cosine, lower, upper = _decide(base_op, ritz, lanczos.polish(base_op, known), k, eps)
+        cosine, lower, upper = _decide(space, ritz, lanczos.polish(base_op, known), k, eps)
         undecided = (lower < eps) & (upper >= eps)
         if not undecided.any():
-            return _row(cosine, lower, upper, np.sqrt(ritz.values[:k]), eps, 0)
+            return _row(cosine, lower, upper, np.sqrt(np.clip(ritz.values[:k], 0, None)), eps, 0)
     return _full(base, tuned, k, eps, int(undecided.sum()))
 
 

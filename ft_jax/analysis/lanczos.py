@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 _CHUNK = 1 << 22  # float64 numbers of a matrix that exist at one time
+_FLOOR = 6e-7  # residual_j / (σ_1 σ_j) that float32 hardly gets under
 GUARD = 6  # Ritz vectors kept beyond the k asked for: they separate the k-th from the rest
-STEPS = 5  # block products between two Rayleigh-Ritz steps
+STEPS = 5  # block products between two Rayleigh-Ritz steps, enough from a good start
 
 
 class Ritz(NamedTuple):
@@ -26,9 +27,9 @@ class Ritz(NamedTuple):
     residuals: np.ndarray
 
 
-def basis_size(k):
+def basis_size(k, steps=STEPS):
     """Columns that one round of `top` holds."""
-    return (1 + STEPS) * (k + GUARD)
+    return (1 + steps) * (k + GUARD)
 
 
 def _t(x):
@@ -53,8 +54,12 @@ def transposed(op):
 
 
 def _orthonormal(xp, t, against=None):
-    """Orthonormal columns that span t, orthogonal to the columns of ``against``; every pass is made twice."""
-    for _ in range(2):
+    """Orthonormal columns that span t, orthogonal to the columns of ``against``.
+
+    Twice is enough where t has full rank. Where it has not, QR turns rounding into columns that may lie in the span of
+    ``against`` but for a thousandth: a third pass makes them new directions.
+    """
+    for _ in range(3):
         if against is not None:
             t = t / xp.maximum(xp.linalg.norm(t, axis=-2, keepdims=True), 1e-30)
             t = t - against @ (_t(against) @ t)
@@ -127,17 +132,19 @@ def value(values, residuals, k):
 
 
 def _worst(error, values, residuals, k):
+    """``(worst error of the first k, worst residual_j / (σ_1 σ_j) of all)`` Ritz pairs of every matrix of a batch."""
     values, residuals = np.asarray(values, np.float64), np.asarray(residuals, np.float64)
-    rows = zip(values.reshape(-1, values.shape[-1]), residuals.reshape(-1, residuals.shape[-1]))
-    return max(error(v, r, k) for v, r in rows)
+    rows = list(zip(values.reshape(-1, values.shape[-1]), residuals.reshape(-1, residuals.shape[-1])))
+    size = max((r / np.sqrt(np.maximum(v[0] * v, np.finfo(np.float64).tiny))).max() for v, r in rows)
+    return max(error(v, r, k) for v, r in rows), size
 
 
-def top(op, start, k, *, tolerance=1e-3, error=angles, rounds=40, xp=np):
+def top(op, start, k, *, tolerance=1e-3, error=angles, steps=STEPS, rounds=40, xp=np):
     """Top k + GUARD approximate left vectors ``[..., d_out, k + GUARD]`` of W, float32.
 
     Thick-restarted block Lanczos with full reorthogonalisation on the Gram matrix of the smaller side, from ``start``
     ``[..., d_out, ≥ k + GUARD]``, whose last columns should be random. Ends when the estimated ``error`` (`angles` or
-    `value`) is within ``tolerance``, or no longer improves, or after ``rounds``: the caller checks with `polish`.
+    `value`) is within ``tolerance``, or residuals no longer fall, or after ``rounds``: the caller checks with `polish`.
     """
     wide = op[0].shape[-1] > op[0].shape[-2]
     small = transposed(op) if wide else op
@@ -149,11 +156,11 @@ def top(op, start, k, *, tolerance=1e-3, error=angles, rounds=40, xp=np):
     best, stale = np.inf, 0
     for i in range(rounds):
         residual = image - vectors * values[..., None, :]
-        worst = _worst(error, values, xp.linalg.norm(residual, axis=-2), k)
-        best, stale = (worst, 0) if worst < 0.7 * best else (best, stale + (worst < 1))
-        if i and (worst <= tolerance or stale >= 3):  # the first round looks for what the start lacks
+        worst, size = _worst(error, values, xp.linalg.norm(residual, axis=-2), k)
+        best, stale = (size, 0) if size < 0.7 * best else (best, stale + 1)
+        if i and (worst <= tolerance or size < _FLOOR or stale >= 3):  # the first round looks for what the start lacks
             break
-        values, vectors, image = advance(small, vectors, image, residual, steps=STEPS)
+        values, vectors, image = advance(small, vectors, image, residual, steps=steps)
     left = backward(op, vectors) if wide else vectors
     return left / xp.maximum(xp.linalg.norm(left, axis=-2, keepdims=True), 1e-30)
 

@@ -86,11 +86,13 @@ def _row(base, op, tuned, vectors, k, thresholds, tolerance, left):
     found = ritz.vectors[:, :k]
     cosine = np.minimum(np.abs(left @ found.astype(np.float32)).max(axis=0), 1.0)
     lower, upper = cosine_interval(cosine, sine)
+    null = ritz.values[:k] <= spectral.NULL**2 * ritz.values[0]
+    cosine, lower, upper = (np.where(null, 1.0, x) for x in (cosine, lower, upper))
     error = np.maximum(cosine - lower, upper - cosine)
     open_ = any(((lower < eps) & (upper >= eps)).any() for eps in thresholds)
     if open_ or error.max() > tolerance:
         return exact(base, tuned, k, left), True
-    return (cosine, np.sqrt(ritz.values[:k]), found, error), False
+    return (cosine, np.sqrt(np.clip(ritz.values[:k], 0, None)), found, error), False
 
 
 def _copy(base, k, left, sigma):

@@ -1,0 +1,124 @@
+"""Benchmarks against peers, ours and the peer in turn within one run.
+
+python scripts/bench.py [--only=REGEX --out=FILE --repeats=3 --layers=N]
+
+Prints a table and writes JSON rows {benchmark, ours, peer, peer_name, ratio, spread, unit, machine}: medians over the
+repeats, ratio = peer / ours (above 1: ours is that many times as fast), spread = (largest - smallest) / median of
+[ours, peer]. --layers runs that many layers of the benchmarks that have layers; they then say what all would take.
+"""
+
+import argparse
+import os
+import pathlib
+import platform
+import re
+import statistics
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from ft_jax import errors
+from ft_jax.io import files
+
+
+def _spectral(args):
+    from scripts.benches import spectra
+
+    return spectra.roberta(repeats=args.repeats, **_given(layers=args.layers))
+
+
+def _spectral_7b(args):
+    from scripts.benches import spectra
+
+    return spectra.llama(**_given(layers=args.layers))
+
+
+def _population(args):
+    from scripts.benches import population
+
+    for row in population.rows(rounds=args.repeats):
+        yield {"name": row["what"], "ours": [row["ours"]], "peer": [row["peer"]], "unit": row["unit"],
+               "peer_name": "the same runs one after the other"}  # fmt: skip
+
+
+# name -> function of the arguments that yields rows {name, ours, peer, peer_name, unit}: ours and peer are samples,
+# an empty peer has none. Imports stand inside, so that --only pays for what it runs.
+BENCHES = {"spectral": _spectral, "spectral_7b": _spectral_7b, "population": _population}
+
+
+def _given(**options):
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def machine():
+    """The class of this machine: cores, processor, system."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text("utf-8")
+        model = re.search(r"model name\s*:\s*(.*)", text)[1]
+    except (OSError, TypeError):
+        model = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores, {model}, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+
+
+def _spread(samples):
+    return (max(samples) - min(samples)) / statistics.median(samples) if len(samples) > 1 else None
+
+
+def summarised(benchmark, row):
+    """One JSON row from the samples of ours and the peer."""
+    ours, peer = statistics.median(row["ours"]), statistics.median(row["peer"]) if row["peer"] else None
+    return {"benchmark": f"{benchmark}: {row['name']}", "ours": ours, "peer": peer, "peer_name": row["peer_name"],
+            "ratio": peer / ours if peer else None, "spread": [_spread(row["ours"]), _spread(row["peer"] or [0.0])],
+            "unit": row["unit"], "machine": machine()}  # fmt: skip
+
+
+def _line(row):
+    ratio = f"{row['ratio']:8.2f}" if row["ratio"] else "       -"
+    peer = f"{row['peer']:10.3f}" if row["peer"] else "         -"
+    spread = "/".join("-" if s is None else f"{s:.0%}" for s in row["spread"])
+    return f"{row['benchmark']:<66} {row['ours']:10.3f} {peer} {ratio} {spread:>9} {row['unit']:<9} {row['peer_name']}"
+
+
+def run(chosen, args):
+    """Rows of the benchmarks, printed as they come; the file holds those done so far."""
+    rows = []
+    print(f"{machine()}\n{'benchmark':<66} {'ours':>10} {'peer':>10} {'ratio':>8} {'spread':>9} {'unit':<9} peer")
+    for name in chosen:
+        for row in BENCHES[name](args):
+            rows.append(summarised(name, row))
+            print(_line(rows[-1]), flush=True)
+            if args.out:
+                files.write_json(args.out, rows)
+    return rows
+
+
+def _chosen(pattern):
+    try:
+        found = [name for name in BENCHES if re.search(pattern, name)]
+    except re.error as error:
+        raise errors.UserError(f"--only={pattern!r} is not a regular expression: {error}") from None
+    if not found:
+        raise errors.UserError(f"--only={pattern!r} names no benchmark{errors.nearest(pattern, BENCHES)}")
+    return found
+
+
+@errors.cli
+def main(argv=None):
+    parser = errors.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help=f"regex searched for in {', '.join(BENCHES)}")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file for the rows")
+    parser.add_argument("--repeats", type=int, default=3, help="times that ours and the peer take turns (3)")
+    parser.add_argument("--layers", type=int, help="layers of the model shapes that are run (all)")
+    args = parser.parse_args(argv)
+    for name in ("repeats", "layers"):
+        if (getattr(args, name) or 1) < 1:
+            raise errors.UserError(f"--{name}={getattr(args, name)}: at least 1")
+    chosen = _chosen(args.only)
+    if args.out:
+        files.make_folder(args.out.resolve().parent)
+    run(chosen, args)
+
+
+if __name__ == "__main__":
+    main()
