@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.study import band, spread
+from experiments.study import Missing, band, spread
 from ft_jax.analysis import continual
 from ft_jax.analysis import report as page
 
@@ -150,6 +150,8 @@ def _reading(s):
 def claims(s, context):
     """Rows {claim, paper, ours, verdict, why}; ``why`` is the rule by which the verdict falls."""
     base, runs = context.value("continual_base"), done(s, context)
+    if "full" not in runs or len(runs) < 2:
+        raise Missing("full fine-tuning and one rank of LoRA have to be done")
     low = min((m for m in runs if m != "full"), key=lambda m: int(m.removeprefix("lora_r")))
     return [_order(runs, base, low), _growth(runs, low, s)]
 

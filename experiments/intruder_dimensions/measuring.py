@@ -55,7 +55,7 @@ FIT = {"texts": 2400, "steps": 250, "batch_size": 16, "learning_rate": 3e-3, "ma
 # Without the masked pseudo-loss: a head fitted to this encoder for as long as two cores allow (FIT: 8 minutes) predicts masked
 # tokens no better than their frequencies do (6.90 against 6.88 nats), so its loss cannot tell one encoder from another.
 ENCODER = Measuring(
-    edits=Edits(variants=("r1", "r1_data2", "r8_lr4"), measures=("test", "contrastive")), test=("test", 240), ood=REVIEWS, passages=NOVELS,
+    edits=Edits(variants={"r1": 0.5, "r1_data2": 0.5, "r8_lr4": 0.5}, measures=("test", "contrastive")), test=("test", 240), ood=REVIEWS, passages=NOVELS,
     contrastive={"texts": 96, "words": 36, "batch": 48, "length": 20},
 )  # fmt: skip
 DECODER = Measuring(
