@@ -79,7 +79,7 @@ def curves(context):
         ax.axhspan(min(tuned), max(tuned), color=GREY, alpha=0.18, linewidth=0)
         for y, name in ((np.mean(tuned), "fine-tuned"), (100 * value["base"]["accuracy"], "base")):
             ax.axhline(y, color=GREY, lw=0.8, ls="--")
-            ax.annotate(name, (0.0, y), xycoords=("axes fraction", "data"), ha="left", va="bottom", fontsize=7)
+            ax.annotate(name, (1.0, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
         ax.set_xscale("log")
         ax.set_title(label(context, bench, task, method))
     for ax in axes.flat[len(chosen):]:
@@ -89,7 +89,8 @@ def curves(context):
     for ax in axes.flat[max(0, len(chosen) - 2): len(chosen)]:
         ax.set_xlabel("share of parameters grafted")
         ax.tick_params(labelbottom=True)
-    axes[0][0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, 0.92))
+    lines = {line.get_label(): line for ax in axes.flat for line in ax.get_lines() if line.get_label() in MASKS}
+    fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(MASKS), fontsize=8)
     said = []
     for bench, task, method, value in chosen:
         small, name = smallest(value), label(context, bench, task, method)

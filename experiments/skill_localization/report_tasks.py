@@ -15,7 +15,7 @@ def name(task):
 
 def grid(ax, values, names, label, **options):
     page.heatmap(ax, np.asarray(values, float), x=names, y=names, label=label, annotate=".2f", **options)
-    ax.tick_params(axis="x", rotation=30, labelsize=7)
+    ax.set_xticks(ax.get_xticks(), names, rotation=30, ha="right", rotation_mode="anchor", fontsize=7)
     ax.tick_params(axis="y", labelsize=7)
 
 
