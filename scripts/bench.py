@@ -112,8 +112,9 @@ def main(argv=None):
     parser.add_argument("--layers", type=int, help="layers of the model shapes that are run (all)")
     args = parser.parse_args(argv)
     for name in ("repeats", "layers"):
-        if (getattr(args, name) or 1) < 1:
-            raise errors.UserError(f"--{name}={getattr(args, name)}: at least 1")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise errors.UserError(f"--{name}={value}: at least 1")
     chosen = _chosen(args.only)
     if args.out:
         files.make_folder(args.out.resolve().parent)
