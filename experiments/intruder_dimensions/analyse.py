@@ -50,6 +50,12 @@ def task(which):
     return "test" if which == "encoder" else "winogrande"
 
 
+def collapsed(context, which, row):
+    """Whether a run gives all texts one embedding: its contrastive loss is ln B, that of guessing among B candidates."""
+    c = measuring.how(context.setting, which).contrastive
+    return bool(c) and "contrastive" in row["scores"] and abs(row["scores"]["contrastive"]["loss"] - np.log(c["batch"])) < 1e-3
+
+
 def by_variant(found):
     """``{variant: its rows}``, in the grid's order."""
     out = {}

@@ -41,7 +41,7 @@ def _grid(context, which):
         return []
     grid, t = getattr(context.setting, which), claims.Table(context, which)
     name = {"encoder": "Encoder", "decoder": "Language model"}[which]
-    out = [(f"{name}: what was trained", [_setup(grid), *_failures(context, which), _runs(context, which, t)]),
+    out = [(f"{name}: what was trained", [_setup(grid), *_failures(context, which, t), _runs(context, which, t)]),
            (f"{name}: intruders", _intruders(context, t)), (f"{name}: the change itself", _change(context, which, t)),
            (f"{name}: forgetting", _forgetting(context, which, t))]  # fmt: skip
     edits = [p for p in context.setting and claims.editing.variants(context.setting, which) if context.get(f"{which}_edit_{p}")]
@@ -62,10 +62,16 @@ def _setup(grid):
                "step: the ratio between the variants stays the paper's." if grid.lr_scale != 1 else "."))  # fmt: skip
 
 
-def _failures(context, which):
+def _failures(context, which, t):
+    out = []
     lost = [f"{run} ({s['failed'].split(';')[0]})" for g in getattr(context.setting, which).groups
             for run, s in context.get(sweep.part(which, g), {}).items() if "failed" in s]  # fmt: skip
-    return [f"Runs that diverged and are left out: {'; '.join(lost)}."] if lost else []
+    if lost:
+        out.append(f"Runs that diverged and are left out: {'; '.join(lost)}.")
+    if fallen := claims.collapses(context, t):
+        out.append(f"{fallen}: every text has the same embedding, the contrastive loss is exactly that of guessing, and accuracy is that of one class. These "
+                   "runs stay in the tables and correlations; their forgetting is as large as this measure can show for a model that tells nothing apart.")  # fmt: skip
+    return out
 
 
 def _runs(context, which, t):
@@ -156,8 +162,21 @@ def _forgetting(context, which, t):
     for measure in t.found[0]["forgotten"]:
         out.append(figures.scatter(t, measure, analyse.MEASURES[which][measure], found))
     if found:
-        out.append(_correlations(found, which))
+        out += [*_which_tells_more(found, t), _correlations(found, which)]
     return out
+
+
+def _which_tells_more(found, t):
+    """A sentence that sets the count against the plain size of the change, over all runs."""
+    measure = next(iter(t.found[0]["forgotten"]))
+    rho = {c["quantity"]: c["rho"] for c in found if c["group"] == "all runs" and c["target"] == measure and c["rho"] is not None}
+    counted = {q: r for q, r in rho.items() if q.startswith("intruders")}
+    if not counted or "‖ΔW‖" not in rho:
+        return []
+    best = max(counted, key=counted.get)
+    more = "more than" if rho["‖ΔW‖"] > counted[best] else "less than"
+    return [f"Over all runs the size of the change, ‖ΔW‖, goes with forgetting {more} any count of intruders: ρ = {rho['‖ΔW‖']:.2f} against "
+            f"{counted[best]:.2f} for {best}."]  # fmt: skip
 
 
 def _head(head):
