@@ -68,18 +68,21 @@ def _strong(context):
 
 def _plummets(context):
     """Figure 6."""
-    found = priors(context, "tune")
-    low, high = (ends(found[p]["rows"], "pretrained", rate="medium", correlation=1.0) for p in (_weakest(context), _strongest(context)))
-    none = ends(found[_weakest(context)]["rows"], "pretrained", rate="medium", correlation=0.0)
+    found, weak = priors(context, "tune"), _weakest(context)
+    low, high = (ends(found[p]["rows"], "pretrained", rate="medium", correlation=1.0) for p in (weak, _strongest(context)))
     yield _row(
         "Accuracy on the pretrained task falls most where the prior of b was low",
         "Fig. 6: it plummets for the low prior, less for the high one",
         f"count a after C_Tr = 1, η_M: {_p(low)} (low prior), {_p(high)} (high)",
         _verdict(np.mean(high) > np.mean(low) + CLEAR), "Asked for with the family token that fine-tuning uses.")  # fmt: skip
+    both = [c for c in (0.0, 1.0) if c in context.setting.counting.correlations["small"]]
+    rate = "small" if len(both) == 2 else "medium"
+    none, full = (ends(found[weak]["rows"], "pretrained", rate=rate, correlation=c) for c in (0.0, 1.0))
+    other = ends(found[weak]["rows"], "pretrained", rate="medium", correlation=0.0)
     yield _row(
         "For the low prior it falls more the stronger the spurious correlation", "Fig. 6, section 5.1",
-        f"count a after η_M: {_p(low)} (C_Tr = 1), {_p(none)} (C_Tr = 0)",
-        _verdict(np.mean(low) < np.mean(none) - CLEAR), "Same prior, rate and steps.")  # fmt: skip
+        f"count a, C_Tr = 1 against 0: {_p(full)}, {_p(none)} ({ETA[rate]}); {_p(low)}, {_p(other)} (η_M)",
+        _verdict(np.mean(full) < np.mean(none) - CLEAR), f"Judged at {ETA[rate]}: where both are at chance there is nothing to compare.")  # fmt: skip
 
 
 def _best_pruned(found, rate, score, few):
@@ -93,40 +96,43 @@ def _best_pruned(found, rate, score, few):
 def _prune(context):
     """Figure 7."""
     found, few = priors(context, "prune")[_weakest(context)]["rows"], [n for n in context.setting.counting.prune if n <= FEW]
+    whole = [s["pretrained"] for s in value(context, f"pretrain_{_weakest(context)}")["seeds"].values()]
     for rate, paper in (("small", "Fig. 7b: count a comes back after 5 to 15 neurons, and count b falls"), ("medium", "Fig. 7a: less so")):
         was, now, tuned, after = _best_pruned(found, rate, "first-order", few)
         control, free = _best_pruned(found, rate, "random", few)[1], _best_pruned(found, rate, "movement", few)[1]
         hidden = was.mean() < 1 - HIDDEN
-        back = now.mean() - max(was.mean(), control.mean()) > CLEAR
+        share = (now.mean() - was.mean()) / max(np.mean(whole) - was.mean(), HIDDEN)
+        holds = share >= 0.5 and now.mean() > control.mean() + CLEAR and tuned.mean() - after.mean() > CLEAR
         yield _row(
             f"Pruning a few neurons revives the pretrained task ({ETA[rate]}, C_Tr = 1, low prior)", paper,
             f"count a {_p(was)} to {_p(now)} with at most {FEW} neurons (random {_p(control)}, movement {_p(free)}); "
             f"count b {_p(tuned)} to {_p(after)}",
-            _verdict(back and tuned.mean() - after.mean() > CLEAR, hidden),
-            "Best number of neurons for each seed and score. Holds if a rises, b falls, and random neurons do not do it."
-            if hidden else "Fine-tuning at this rate has not hidden the count of a: nothing to revive.")  # fmt: skip
+            _verdict(holds, hidden),
+            f"Best number of neurons for each seed and score. {share:.0%} of the loss is undone; holds if half is, b falls, and random "
+            "neurons do not do it." if hidden else "Fine-tuning at this rate has not hidden the count of a: nothing to revive.")  # fmt: skip
 
 
-def _best_probe(found, count, **chosen):
-    return [max(r[count]) for r in found if all(r[k] == v for k, v in chosen.items())]
+def _last_probe(found, count, **chosen):
+    return [r[count][-1] for r in found if all(r[k] == v for k, v in chosen.items())]
 
 
 def _probe(context):
     """Figure 8."""
     found, control = priors(context, "probe"), value(context, f"probe_{CONTROL}")["rows"]
-    floor = _best_probe(control, "pretrained")
+    floor, early = _last_probe(control, "pretrained"), [max(r["pretrained"]) for r in control]
     for prior in (_weakest(context), _strongest(context)):
         v = found[prior]["rows"]
-        before = _best_probe(v, "pretrained", model="pretrained")
-        ours = {(r, c): _best_probe(v, "pretrained", rate=r, correlation=c) for r, c in (("medium", 0.0), ("medium", 1.0), ("small", 1.0))}
+        before = _last_probe(v, "pretrained", model="pretrained")
+        ours = {(r, c): _last_probe(v, "pretrained", rate=r, correlation=c) for r, c in (("medium", 0.0), ("medium", 1.0), ("small", 1.0))}
         said = "; ".join(f"{ETA[r]}, C_Tr = {c:g}: {_p(x)}" for (r, c), x in ours.items() if x)
         middle = (np.mean(before) + np.mean(floor)) / 2
         yield _row(
             f"A linear probe still reads the count of a after fine-tuning ({prior} prior)",
             "Fig. 8: as from the pretrained model; a drop only at η_M with a low prior",
-            f"best block: pretrained {_p(before)}; {said}; never counted a {_p(floor)}",
+            f"last block: pretrained {_p(before)}; {said}; never counted a {_p(floor)}",
             _verdict(all(np.mean(x) > middle for x in ours.values() if x), np.mean(before) > np.mean(floor) + CLEAR),
-            "Holds if every probe is nearer to the pretrained model's than to that of the model that never counted a.")  # fmt: skip
+            "Holds if every probe is nearer to the pretrained model's than to that of the model that never counted a. The last block, "
+            f"because an earlier one of that control gives {_p(early)}: one attention layer counts every letter at once.")  # fmt: skip
 
 
 def _steps(found, steps, **chosen):
@@ -140,35 +146,52 @@ def _told(found, steps):
     return f"{spread(taken, '.0f')} steps" if solved == seeds else f"over {steps} steps for {seeds - solved} of {seeds} seeds"
 
 
+def _speed(found, **chosen):
+    """Mean accuracy over the run by seed: also tells runs apart that are not solved by its end."""
+    out = []
+    for r in found:
+        if all(r[k] == v for k, v in chosen.items()):
+            steps = np.asarray([int(t) for t in r["curve"]], float)
+            out.append(float(np.trapezoid(list(r["curve"].values()), steps) / np.ptp(steps)))
+    return out
+
+
+def _baselines(context):
+    """({name: mean accuracy over the run by seed}, the steps that they take, in words)."""
+    control, steps = value(context, f"revert_{CONTROL}")["rows"], context.setting.counting.revert_steps
+    names = ("Scr. + FT", "from scratch")
+    return {n: _speed(control, start=n) for n in names}, "; ".join(f"{n}: {_told(_steps(control, steps, start=n), steps)}" for n in names)
+
+
 def _revert(context):
     """Figure 9."""
-    control, steps = value(context, f"revert_{CONTROL}")["rows"], context.setting.counting.revert_steps
-    base = {name: _steps(control, steps, start=name) for name in ("Scr. + FT", "from scratch")}
-    others = "; ".join(f"{name}: {_told(x, steps)}" for name, x in base.items())
+    steps, (base, others) = context.setting.counting.revert_steps, _baselines(context)
     for prior, v in priors(context, "revert").items():
         back = {c: _steps(v["rows"], steps, start=f"C={c}") for c in (0, 1)}
-        slowest = max(np.mean(x[0]) for x in back.values())
+        ours = {c: _speed(v["rows"], start=f"C={c}") for c in back}
+        slowest = min(np.mean(x) for x in ours.values())
         yield _row(
             f"Reverse fine-tuning brings counting a back in far fewer steps than learning it takes ({prior} prior)",
             "Fig. 9: 0.1–1 K iterations (high, medium prior), 3 K (low), 4.5 K for Scr. + FT",
             f"C_Tr = 0: {_told(back[0], steps)}; C_Tr = 1: {_told(back[1], steps)}; {others}",
-            _verdict(slowest < np.mean(base["Scr. + FT"][0])), "Steps to 95 %, all at one rate.")  # fmt: skip
+            _verdict(all(slowest > np.mean(b) + CLEAR for b in base.values())),
+            f"Steps to 95 %, all at one rate. Mean accuracy on the way: {_p(ours[0])}, {_p(ours[1])}; "
+            + ", ".join(f"{n} {_p(b)}" for n, b in base.items()) + ".")  # fmt: skip
 
 
 def _unlearn(context):
     """Appendix E.4, figures 28 and 30."""
-    steps = context.setting.counting.revert_steps
-    floor = _steps(value(context, f"revert_{CONTROL}")["rows"], steps, start="Scr. + FT")
+    steps, (base, others) = context.setting.counting.revert_steps, _baselines(context)
     for prior, v in priors(context, "revert").items():
-        gone = ends(priors(context, "unlearn")[prior]["rows"], "pretrained")
+        gone, ours = ends(priors(context, "unlearn")[prior]["rows"], "pretrained"), _speed(v["rows"], start="unlearnt")
         back, usual = _steps(v["rows"], steps, start="unlearnt"), _steps(v["rows"], steps, start="C=1")
         yield _row(
             f"Training the model to answer wrongly (randFT) does not remove the capability either ({prior} prior)",
-            "Fig. 28: reFT of randFT is about as fast, and faster than Scr. + FT",
-            f"count a {_p(gone)} after unlearning; back in {_told(back, steps)} (after C_Tr = 1: {_told(usual, steps)}; "
-            f"Scr. + FT: {_told(floor, steps)})",
-            _verdict(np.mean(back[0]) < np.mean(floor[0]), np.mean(gone) < 1 - HIDDEN),
-            "`count a` was answered with the count of b: the safety-style unlearning of appendix E.4.")  # fmt: skip
+            "Fig. 28: reFT of randFT is about as fast as reFT, and faster than Scr. + FT and from scratch",
+            f"count a {_p(gone)} after unlearning; back in {_told(back, steps)} (after C_Tr = 1: {_told(usual, steps)}; {others})",
+            _verdict(all(np.mean(ours) > np.mean(b) for b in base.values()), np.mean(gone) < 1 - HIDDEN),
+            "`count a` was answered with the count of b. Judged by mean accuracy on the way back: "
+            f"{_p(ours)}; " + ", ".join(f"{n} {_p(b)}" for n, b in base.items()) + ".")  # fmt: skip
 
 
 def _alias(context):
@@ -176,11 +199,14 @@ def _alias(context):
     for prior, v in priors(context, "tune").items():
         asked, alias = (ends(v["rows"], t, rate="medium", correlation=1.0) for t in ("pretrained", "alias"))
         strong = prior == _strongest(context)
+        clean = [ends(v["rows"], t, rate="medium", correlation=0.0) for t in ("pretrained", "alias")]
         yield _row(
-            f"Jailbreak: the capability answers to a family token that fine-tuning did not use ({prior} prior)",
+            f"Jailbreak: with a {prior} prior a family token that fine-tuning did not use "
+            f"{'still gets the count of a' if strong else 'does not help'}",
             "Fig. 24: perfectly for a sufficiently high prior" if strong else "Fig. 24: not for the low prior",
-            f"count a after C_Tr = 1, η_M: {_p(asked)} by the token fine-tuned on, {_p(alias)} by the other",
-            _verdict(np.mean(alias) > 0.9 if strong else np.mean(alias) < 0.9), "Both tokens meant the same in pretraining.")  # fmt: skip
+            f"count a by the token fine-tuned on, and by the other: {_p(asked)}, {_p(alias)} (C_Tr = 1); {_p(clean[0])}, {_p(clean[1])} (C_Tr = 0)",
+            _verdict(np.mean(alias) > 0.9 if strong else np.mean(alias) < 0.9),
+            "η_M, judged at C_Tr = 1. Both tokens meant the same in pretraining, and here fine-tuning reaches both alike.")  # fmt: skip
 
 
 def _localised(context):
@@ -200,7 +226,8 @@ def _localised(context):
         "Section 1: wrappers are extremely localised (no share is given)",
         f"90 % of the new accuracy from {told[0]} of the parameters grafted on the base; 90 % of count a back after removing {told[1]}",
         _verdict(bool(keep and back and max(keep, back) <= 0.1), np.mean([r["tuned"]["pretrained"] for r in found]) < base - HIDDEN),
-        "Magnitude grafts over all parameters, low prior, C_Tr = 1, η_M; holds if a tenth does both.")  # fmt: skip
+        "Magnitude grafts over all parameters, low prior, C_Tr = 1, η_M; holds if a tenth does both. AdamW without an L1 pull moves every "
+        "parameter about alike, so the largest changes are not a region.")  # fmt: skip
 
 
 def _untested(context):
@@ -239,13 +266,15 @@ def _near(context):
     before, after = (np.asarray([s[m] for s in v["seeds"].values()]) for m in ("pretrained", "tuned"))
     rise, ratio = (after - before).mean(0), (after / before - 1).mean(0)
     peak = int(np.argmax(ratio))
+    way = rise / (np.asarray(v["optimal"]["discrete"]) - before.mean(0))
     yield _row(
         "Forgetting is worst for continuous tasks near the fine-tuning tasks, and slighter far from them",
         "Abstract and section 2: the drop is largest close to the fine-tuning distribution",
         "rise of the error by distance: " + ", ".join(f"{d:.2f}: {r:+.2f} ({x:+.0%})" for d, r, x in zip(v["distances"], rise, ratio, strict=True)),
         _verdict(peak < len(ratio) - 1 and ratio[peak] > 2 * ratio[-1] and ratio[0] > ratio[-1]),
-        f"Gaussian tasks in bins by the nearest discrete task; the relative rise is largest in bin {peak + 1} of {len(ratio)}. "
-        "Holds if that is over twice the farthest bin's, and the nearest bin's is larger than it too.")  # fmt: skip
+        f"Gaussian tasks in bins by the nearest discrete task; the relative rise is largest in bin {peak + 1} of {len(ratio)}. Holds if that "
+        "is over twice the farthest bin's, and the nearest bin's is larger than it too. Of the way to the discrete estimator's error the model "
+        f"has gone {way[0]:.0%} in the nearest bin and {way[-1]:.0%} in the farthest.")  # fmt: skip
 
 
 def _conjugate(context):
@@ -273,10 +302,13 @@ def _views(context):
     """The first founding study's claim on these models."""
     for name, label in (("spectra", "counting"), ("icl_spectra", "regression")):
         found = context.value(name)["rows"]
-        by = {m: [r["intruders"] for r in found if r["method"] == m] for m in dict.fromkeys(r["method"] for r in found)}
-        low = next(m for m in by if m != "full")
+        methods = list(dict.fromkeys(r["method"] for r in found))
+        count, cosine = ({m: [r[k] for r in found if r["method"] == m] for m in methods} for k in ("intruders", "lowest_cosine"))
+        low = methods[1]
         yield _row(
             f"Low-rank adapters bring intruder dimensions, full fine-tuning hardly any ({label})",
             "arXiv:2410.21228: up to r ≈ 16 in RoBERTa, hardly any for full fine-tuning",
-            "; ".join(f"{m}: {spread(x, '.1f')}" for m, x in by.items()), _verdict(np.mean(by[low]) > np.mean(by["full"]) + 0.5),
-            f"Of {found[0]['matrices']} matrices × 10 directions, ε = 0.5; the matrices are small, so cosines are high by chance.")  # fmt: skip
+            "; ".join(f"{m}: {spread(count[m], '.1f')}, lowest cosine {spread(cosine[m], '.2f')}" for m in methods),
+            _verdict(sum(count[low]) > sum(count["full"]) and max(cosine[low]) < min(cosine["full"])),
+            f"Of {found[0]['matrices']} matrices × 10 directions, ε = 0.5, which few pass: matrices this small have high cosines by chance. "
+            f"Holds if {low} has more in all seeds together and its lowest cosines are lower in every seed.")  # fmt: skip
