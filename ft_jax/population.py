@@ -334,11 +334,11 @@ def _log(members, step, metrics):
 
 def _evaluate(members, step, state, frozen, evaluate):
     """Evaluates each member on its own validation data; returns those whose patience is at its end."""
-    ended = []
+    ended, host = [], jax.device_get(state)
     for i, member in enumerate(members):
         if not member.active:
             continue
-        trainable, own = jax.tree.map(lambda x, i=i: x[i], (state.trainable, frozen.own))
+        trainable, own = stacking.take((state.trainable, frozen.own), i)
         held_out = pipeline.eval_batches(member.parts["data"]["validation"], member.cfg["eval"]["batch_size"])
         inputs = (stacking.place(b, member.parts["mesh"], stacked=False) for b in held_out)
         held = evaluate(trainable, frozen.join(own, frozen.shared), inputs)
@@ -350,7 +350,7 @@ def _evaluate(members, step, state, frozen, evaluate):
         member.meta["stale"] = 0 if better else member.meta["stale"] + 1
         if better:
             kept = {"recipe": member.meta["recipe"], "best": member.meta["best"], "stale": member.meta["stale"]}
-            member.run.save("best", step, {"trainable": _own(member, i, state).trainable}, {**kept, "validation": held})
+            member.run.save("best", step, {"trainable": _own(member, i, host).trainable}, {**kept, "validation": held})
         if 0 < member.cfg["eval"]["patience"] <= member.meta["stale"]:
             ended.append(member)
     return ended

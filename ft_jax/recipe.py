@@ -33,6 +33,11 @@ def check_base(path, found, expected):
                         f"(fingerprint {found[:12]}, expected {expected[:12]})")
 
 
+@jax.jit
+def _finite(leaves):
+    return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}
+
+
 def load(spec, rng):
     """The `Base` that the ``model`` group of a config names; ``rng`` draws the head leaves that its checkpoint lacks."""
     head = {key: spec.get(key) or None for key in ("head", "num_labels", "label_ids")}
@@ -40,8 +45,8 @@ def load(spec, rng):
                             remat=spec.get("remat", "none"))  # fmt: skip
     # A head drawn at random differs in the last bit between devices; the base's identity is what was read.
     drawn = tuple(hf.missing_head(spec["path"], **head))
-    for path, leaf in tree.flatten(params).items():
-        if not bool(jnp.isfinite(leaf).all()):
+    for path, finite in jax.device_get(_finite(tree.flatten(params))).items():
+        if not finite:
             raise UserError(f"{spec['path']}: {path} holds NaN or infinity; fetch or save the model again")
     fingerprint = tree.fingerprint({p: x for p, x in tree.flatten(params).items() if p not in drawn})
     return Base(model, params, drawn, fingerprint)

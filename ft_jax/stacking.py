@@ -51,8 +51,14 @@ def stack(trees, mesh):
     return place(jax.tree.map(together, *trees), mesh)
 
 
+@jax.jit
+def take(trees, i):
+    """The tree of member ``i`` out of a stack, padding included."""
+    return jax.tree.map(lambda x: x[i], trees)
+
+
 def cut(trees, i, shapes):
-    """The tree of member ``i`` out of a stack, without its padding: as large as ``shapes``."""
+    """The tree of member ``i`` out of a stack of numpy arrays, without its padding: as large as ``shapes``."""
     return jax.tree.map(lambda x, s: jnp.asarray(x[i][tuple(slice(n) for n in s.shape)]), trees, shapes)
 
 

@@ -266,40 +266,44 @@ def edit_label(context, which, variant):
     return f"{getattr(context.setting, which).variants[variant].label} (ε = {eps:g})"
 
 
+ENOUGH = 0.25  # share of the matrices that must have an intruder before its removal can be expected to show
+
+
 def _edited(context, which, measure):
-    found = {v: c for v, c in edits(context, which, measure).items() if c}
+    found = {v: c for v, c in edits(context, which, measure).items() if c and all(x["forgetting"] is not None for x in c.values())}
     labels = {v: edit_label(context, which, v) for v in found}
-    known = {v: c for v, c in found.items() if all(x["forgetting"] is not None for x in c.values())}
     model = {"encoder": "encoder", "decoder": "language model"}[which]
     claim = f"Scaling the top intruders down undoes forgetting at little cost of accuracy ({model})"
     paper = PAPER_EDIT if which == "encoder" else "LLaMA2-7B MetaMath r = 16: λ = .7 −2.7 %/−28.2 %; r = 256: λ = .5 1.8 %/−25.2 %"
-    if not known:
+    if not found:
         return [row(claim, paper, "–", None, "No edited run both has intruders and forgot something.")]
+    total = analyse.rows(context, which)[0]["spectra"]["matrices"]
+    matrices = {v: float(np.mean([r["matrices"] for r in context.value(f"{which}_edit_{v}").values()])) for v in found}
+    judged = [v for v in found if matrices[v] >= ENOUGH * total]
+    few = "".join(f" {labels[v]} is not judged: {matrices[v]:.1f} of {total} matrices have an intruder." for v in found if v not in judged)
 
-    def cell(v, control, factor):
-        return known[v].get((control, "top", factor))
+    def said(control):
+        return "; ".join(f"{labels[v]}, λ = {f:g}: {np.mean(c['accuracy']):+.1f} %/{c['forgetting']:+.1f} %"
+                         for v in found for f in (0.3, 0.7) if (c := found[v].get((control, "top", f))))  # fmt: skip
 
-    def said(control, factors):
-        return "; ".join(f"{labels[v]}, λ = {f:g}: {np.mean(cell(v, control, f)['accuracy']):+.1f} %/{cell(v, control, f)['forgetting']:+.1f} %"
-                         for v in known for f in factors if cell(v, control, f))  # fmt: skip
+    def verdict(rule):
+        return all(map(rule, judged)) if judged else None
 
-    top = [cell(v, "none", 0.7) for v in known]
-    good = all(c["forgetting"] < -5 and np.mean(c["accuracy"]) > -2 for c in top)
-    near = [cell(v, "neighbour", f) for v in known for f in (0.3, 0.7) if cell(v, "neighbour", f)]
-    beats = [(cell(v, "none", 0.7)["forgetting"], cell(v, "shrink", 0.7)["forgetting"]) for v in known]
-    factors = [f for f in (0.3, 0.7) if cell(next(iter(known)), "none", f)]
+    def at(v, control, factor=0.7):
+        return found[v][control, "top", factor]
+
+    near = {v: [c for (control, _, f), c in found[v].items() if control == "neighbour" and f < 1] for v in found}
     return [
-        row(claim, paper, said("none", factors), good,
-            "Change of accuracy / of the forgetting that fine-tuning had induced. Holds if at λ = .7 every edited variant loses more than 5 % of its "
-            "forgetting and under 2 % of its accuracy."),
-        row(f"Control: scaling the neighbouring pretrained direction hurts accuracy and forgetting ({model})", "both get worse for λ < 1",
-            said("neighbour", [f for f in (0.3, 0.7) if cell(next(iter(known)), "neighbour", f)]),
-            all(c["forgetting"] > 0 and np.mean(c["accuracy"]) <= 0 for c in near) if near else None,
-            "Holds if forgetting grows and accuracy does not, in every variant and at every λ < 1 that was tried (.3 and .7)."),
+        row(claim, paper, said("none"), verdict(lambda v: at(v, "none")["forgetting"] < -5 and np.mean(at(v, "none")["accuracy"]) > -2),
+            "Change of accuracy / of the forgetting that fine-tuning had induced. Holds if at λ = .7 more than 5 % of the forgetting and less than 2 % "
+            f"of the accuracy goes, in every variant with an intruder in at least a quarter of its matrices.{few}"),
+        row(f"Control: scaling the neighbouring pretrained direction hurts accuracy and forgetting ({model})", "both get worse for λ < 1", said("neighbour"),
+            verdict(lambda v: all(c["forgetting"] > 0 and np.mean(c["accuracy"]) < 0 for c in near[v])),
+            f"Holds if forgetting grows and accuracy falls at every λ < 1 that was tried, in the same variants.{few}"),
         row(f"Control: removing the intruder does better than a uniform shrink of ΔW of the same norm ({model})",
-            "not in the paper; an independent note says that it does not", said("shrink", [0.7]), all(a < b for a, b in beats),
-            "Holds if at λ = .7 the intruder's edit undoes more forgetting than the shrink in every variant. "
-            + "; ".join(f"{labels[v]}: {a:+.1f} % against {b:+.1f} %" for v, (a, b) in zip(known, beats)) + "."),
+            "not in the paper; an independent note says that it does not", said("shrink"),
+            verdict(lambda v: at(v, "none")["forgetting"] < at(v, "shrink")["forgetting"]),
+            f"Holds if at λ = .7 the intruder's edit undoes more forgetting than the shrink of ΔW by as much, in the same variants.{few}"),
     ]  # fmt: skip
 
 

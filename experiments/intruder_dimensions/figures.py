@@ -16,13 +16,20 @@ def _counts(t, name, k=analyse.K):
     return [r["spectra"]["counts"][k - 1] for r in t.by[name]]
 
 
+def _count_axis(axis, values, low=0.0):
+    """A logarithmic axis of counts that begins at zero and leaves room above the largest."""
+    name = axis.axis_name
+    getattr(axis.axes, f"set_{name}scale")("symlog", linthresh=1)
+    getattr(axis.axes, f"set_{name}lim")(low, 1.6 * max(1.0, np.max(values)))
+
+
 def by_eps(t):
     """Intruders by threshold, one line a rank."""
     fig, ax = page.new_figure(6.2, 3.0)
-    for name in ("full", *(n for _, n in t.doubled())):
-        band(ax, measuring.EPS, _counts(t, name), label=t.by[name][0]["label"], marker=None)
-    ax.set_yscale("symlog", linthresh=1)
-    ax.set_ylim(0)
+    names = ["full", *(n for _, n in t.doubled())]
+    for i, name in enumerate(names):
+        band(ax, measuring.EPS, _counts(t, name), label=t.by[name][0]["label"], marker=None, ls="-" if i < len(page.PALETTE) else "--")
+    _count_axis(ax.yaxis, [_counts(t, n) for n in names if len(t.by[n]) == len(t.by["full"])])
     ax.set_xlabel("threshold ε on the largest cosine with a base direction")
     ax.set_ylabel(f"intruders in the top {analyse.K}")
     ax.legend(ncols=2)
@@ -39,8 +46,7 @@ def by_rank(t):
             band(ax, [r for r, _ in ladder], ys, label=label)
         ax.axhline(np.mean(t.counts("full", eps)), ls="--", lw=0.9, color="#8c8577", label="full")
         ax.set_xscale("log", base=2)
-        ax.set_yscale("symlog", linthresh=1)
-        ax.set_ylim(0)
+        _count_axis(ax.yaxis, [max(t.counts(n, eps)) for _, n in t.ladder()])
         ax.set_xlabel("rank r")
         ax.set_title(f"ε = {eps:g}")
     axes[0].set_ylabel(f"intruders in the top {analyse.K}")
@@ -79,8 +85,7 @@ def kernels(t):
                 ys, x = t.counts(f"{prefix}{r}", eps), (1, 8, 64).index(r) + 0.14 * (i - 2)
                 ax.plot([x] * len(ys), ys, "o", color=page.PALETTE[i], label=label if r == min(q for q in (1, 8, 64) if f"{prefix}{q}" in t.by) else None)
         ax.set_xticks(range(3), ["r = 1", "r = 8", "r = 64"])
-        ax.set_yscale("symlog", linthresh=1)
-        ax.set_ylim(-0.3)
+        _count_axis(ax.yaxis, [max(t.counts(n, eps)) for p, _ in held for r in (1, 8, 64) if (n := f"{p}{r}") in t.by], -0.3)
         ax.set_title(f"ε = {eps:g}")
     axes[0].set_ylabel(f"intruders in the top {analyse.K}")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
@@ -115,8 +120,7 @@ def _sweep(t, lines, mark, said):
         ax.set_xticks(sorted({x for xs in lines.values() for x in xs}), [f"{x:g}" for x in sorted({x for xs in lines.values() for x in xs})])
         ax.set_ylabel(name)
         if name.startswith("intruders"):
-            ax.set_yscale("symlog", linthresh=1)
-            ax.set_ylim(0)
+            _count_axis(ax.yaxis, [of(r) for xs in lines.values() for rows in xs.values() for r in rows])
     axes[1].set_xlabel(said)
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return page.figure(fig, f"Intruders and forgetting by {'learning rate' if mark == 'lr' else 'amount of data'}.")
@@ -153,8 +157,7 @@ def scatter(t, measure, label, correlations):
             ax.plot([of(r) for r in rows], [r["forgotten"][measure] for r in rows], "o" if i < 6 else "^", ms=3.5, alpha=0.75,
                     color=page.PALETTE[i % 6], label=family)  # fmt: skip
         if name.startswith("intruders"):
-            ax.set_xscale("symlog", linthresh=1)
-            ax.set_xlim(-0.3)
+            _count_axis(ax.xaxis, [of(r) for r in t.found], -0.3)
         else:
             ax.set_xscale("log")
         ax.set_xlabel(name)

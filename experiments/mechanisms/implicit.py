@@ -126,12 +126,15 @@ def near(context):
 def conjugate(context):
     """Errors by γ of the pretrained and the fine-tuned models: {factors, seeds: {seed: {model: {branch: [γ][k]}}}}.
 
-    ``oracle``: the closed-form mixture under the same γ, and with the prior of a model that believes more in the discrete branch.
+    ``shrunk`` is the control: the fine-tuned model's answers over γ with the labels as they are. ``oracle``: the closed-form
+    mixture under the same γ, and with the prior of a model that believes more in the discrete branch.
     """
     s, out = context.setting.regression, {}
     for seed in s.seeds:
         models = {"pretrained": model_of(context, "icl", seed), "tuned": model_of(context, "icl", "tuned", seed)}
         found = {name: [errors(s, params, g) for g in s.factors] for name, params in models.items()}
+        said = {branch: np.asarray(apply(s)(models["tuned"], b["x"], b["y"])) for branch, (b, _) in tests(s).items()}
+        found["shrunk"] = [{branch: regression.error(said[branch] / g, truth).tolist() for branch, (_, truth) in tests(s).items()} for g in s.factors]
         out[str(seed)] = {name: {branch: [f[branch] for f in rows] for branch in rows[0]} for name, rows in found.items()}
     oracle = {}
     for share in (s.share, 0.999):

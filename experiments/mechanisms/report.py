@@ -7,7 +7,7 @@ from experiments.study import band, spread
 from ft_jax.analysis import report as page
 
 GREY = page.PALETTE[4]
-TESTS = {"tuned_clean": "count b, C_Te = 0", "tuned_spurious": "count b, C_Te = 1", "pretrained": "count a", "alias": "count a, other family token"}
+TESTS = {"tuned_clean": "count b, C_Te = 0", "tuned_spurious": "count b, C_Te = 1", "pretrained": "count a", "alias": "count a, other token"}
 GREEK = {"medium": "η_M", "small": "η_S"}
 
 
@@ -94,7 +94,7 @@ def _tuning(context):
         line[0].set_ylabel(f"{LABELS[prior]}\naccuracy (%)")
     for ax in axes[-1]:
         ax.set_xlabel("fine-tuning step")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, handlelength=3)
     return ("Fine-tuning to count b", [page.figure(
         fig, "Accuracy during fine-tuning on `count b`. C_Tr is the share of fine-tuning rows with the spurious attribute; bands span the "
         "seeds. The last column asks for a's count by a family token that fine-tuning never shows.")])  # fmt: skip
@@ -189,7 +189,7 @@ def _in_context(context):
             band(ax, seen, [list(e.values())[-1][branch] for e in tuned["seeds"].values()], color=page.PALETTE[1], label="fine-tuned")
         for (name, errors), dash in zip(v["optimal"].items(), (":", "--", "-"), strict=True):
             ax.plot(seen, errors[branch], color=GREY, ls=dash, label=f"optimal, {name}")
-        ax.set_title(f"{branch} prompts")
+        ax.set_title(f"{branch} prompts", fontsize=8.5)
         ax.set_xlabel("pairs seen")
         ax.set_ylim(0, None)
     axes[0].set_ylabel("squared error")
@@ -231,9 +231,11 @@ def _conjugating(context):
     if not v or not optimal:
         return None
     fig, (left, right) = page.new_figure(6.8, 2.9, 1, 2)
-    for model, colour in (("tuned", page.PALETTE[1]), ("pretrained", page.PALETTE[0])):
+    looks = {"tuned": ("fine-tuned", page.PALETTE[1]), "shrunk": ("fine-tuned, answer / γ alone", page.PALETTE[3]),
+             "pretrained": ("pretrained", page.PALETTE[0])}  # fmt: skip
+    for model, (label, colour) in looks.items():
         ys = [np.mean(seed[model]["continuous"], axis=1) for seed in v["seeds"].values()]
-        band(left, v["factors"], ys, color=colour, label={"tuned": "fine-tuned"}.get(model, model))
+        band(left, v["factors"], ys, color=colour, label=label)
     left.axhline(np.mean(optimal["optimal"]["ridge"]["continuous"]), color=GREY, ls="--", label="ridge")
     left.set_xlabel("label scale γ")
     left.set_ylabel("squared error, mean over places")
@@ -247,7 +249,7 @@ def _conjugating(context):
     right.set_xlabel("pairs seen")
     right.legend(fontsize=8)
     return ("Conjugate prompting", [page.figure(
-        fig, "Continuous prompts with their labels times γ and the answer divided by γ. Left: by γ. Right: by the number of pairs seen, without "
+        fig, "Continuous prompts with their labels times γ and the answer divided by γ. Left: by γ, with the control that only divides the answer. Right: by the number of pairs seen, without "
         "and at the γ that is best on the mean of the seeds.")])  # fmt: skip
 
 

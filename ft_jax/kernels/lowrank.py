@@ -1,7 +1,10 @@
 """Low-rank kernels. Einsum letters: l layer, i input, o output, r rank."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from ft_jax.errors import UserError
@@ -43,12 +46,28 @@ def _sizes(w, rank):
     return stack, d_in, d_out
 
 
+def _draw(sampler, rng, shape):
+    """``sampler(rng, shape)``, drawn together with what a larger rank would get, and cut.
+
+    A grid of ranks then compiles one draw; the numbers are those of the plain call, which depend on their position alone.
+    """
+    *stack, d_in, rank = shape
+    room = max(16, 1 << (rank - 1).bit_length())
+    return sampler(rng, (math.prod(stack) * d_in * room,))[: math.prod(shape)].reshape(shape)
+
+
+def _plain(w, a, scale, kernel):
+    """``kernel`` of W, A and scale with B = 0."""
+    *stack, _, d_out = w.shape
+    b, scales = np.zeros((*stack, a.shape[-1], d_out), np.float32), np.full(stack, scale, np.float32)
+    return kernel(w, a, jnp.asarray(b), jnp.asarray(scales))
+
+
 def _low_rank(w, rng, rank, scale_of):
-    stack, d_in, d_out = _sizes(w, rank)
+    stack, d_in, _ = _sizes(w, rank)
     bound = d_in**-0.5  # Kaiming-uniform with a = sqrt(5), what PEFT and the reference code start from
-    a = jax.random.uniform(rng, (*stack, d_in, rank), jnp.float32, -bound, bound)
-    b = jnp.zeros((*stack, rank, d_out), jnp.float32)
-    return LowRank(w, a, b, jnp.full(stack, scale_of(rank), jnp.float32))
+    a = _draw(lambda key, n: jax.random.uniform(key, n, jnp.float32, -bound, bound), rng, (*stack, d_in, rank))
+    return _plain(w, a, scale_of(rank), LowRank)
 
 
 @register("kernel", "lora", paper="arXiv:2106.09685")
@@ -66,11 +85,11 @@ def rslora(w, rng, *, rank=8, alpha=16.0):
 @register("kernel", "lora_b", paper="arXiv:2410.21228")
 def lora_b(w, rng, *, rank=8, alpha=16.0):
     """LoRA with A frozen at random orthonormal columns (AᵀA = I) and B alone trained: W + (alpha / rank) · A B, B = 0."""
-    stack, d_in, d_out = _sizes(w, rank)
-    a, r = jnp.linalg.qr(jax.random.normal(rng, (*stack, d_in, rank), jnp.float32))
+    stack, d_in, _ = _sizes(w, rank)
+    a, r = jnp.linalg.qr(_draw(jax.random.normal, rng, (*stack, d_in, rank)))
     # QR leaves the signs to the library; a run is rebuilt on other machines, so R's diagonal is made positive.
     a = a * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
-    return LowRankB(w, a, jnp.zeros((*stack, rank, d_out), jnp.float32), jnp.full(stack, alpha / rank, jnp.float32))
+    return _plain(w, a, alpha / rank, LowRankB)
 
 
 @register("kernel", "pissa", paper="arXiv:2404.02948")

@@ -123,6 +123,8 @@ def test_low_rank_sizes_and_scale(name, rank, alpha, stack):
     a = np.asarray(params["w"]["kernel"].a)
     assert 0.8 * D_IN**-0.5 < np.abs(a).max() <= D_IN**-0.5
     assert len(np.unique(a)) == a.size, "layers and entries are drawn independently"
+    key = jax.random.fold_in(jax.random.key(0), zlib.crc32(b"w/kernel"))
+    np.testing.assert_array_equal(a, jax.random.uniform(key, a.shape, jnp.float32, -(D_IN**-0.5), D_IN**-0.5))
     kernel = moved(params)["w"]["kernel"]
     delta = LOW_RANK[name](alpha, rank) * (np.asarray(kernel.a, np.float64) @ np.asarray(kernel.b, np.float64))
     expected = delta + np.asarray(matrix(*stack, D_IN, D_OUT), np.float64)
