@@ -145,7 +145,7 @@ SCALES = {
         benches=(
             Bench(
                 name="minilm", model="minilm", line=MINILM, head="prototype", tasks=_tasks(TASKS, max_length=32, shots=128),
-                runs=_runs("rotten_tomatoes", OTHERS, SEEDS[:3], SEEDS[:2]), steps=50, batch_size=16, rates=RATES,
+                runs=_runs("rotten_tomatoes", OTHERS, SEEDS, SEEDS[:2]), steps=50, batch_size=16, rates=RATES,
                 sgd_rates=(1e-2, 3e-2, 1e-1), tune_steps=30, graft=_graft()),
             Bench(
                 name="smollm2", model="smollm2", line=SMOLLM2, head="label_words", tasks=_prompted(("rotten_tomatoes",), False, max_length=32, shots=64),
