@@ -150,7 +150,7 @@ def _written(path, texts):
 def _passages(context, h, tok, objective, size, spec):
     texts = held_out(h)[: spec["texts"]]
     path = _written(files.make_folder(context.workdir / "passages") / f"{objective}.jsonl", texts)
-    cfg = {"source": path, "max_length": spec["length"], "append_eos": False}
+    cfg = {"source": path, "validation_fraction": 0.0, "max_length": spec["length"], "append_eos": False}
     return list(pipeline.eval_batches(pipeline.build(cfg, "train", tok, objective, size), spec["batch"]))
 
 
