@@ -147,8 +147,7 @@ MINILM = Grid(
 )  # fmt: skip
 SMOLLM2 = Grid(
     model="smollm2", objective="causal_lm", data=SENTENCES, steps=40, batch_size=4, lr_scale=8.0, eval_batch=4,
-    groups={"full": Group({"full": full()}, (0,)), "low": Group({"r1": lora(1), "r8": lora(8)}, (0,)),
-            "high": Group({"r64": lora(64)}, (0,))},
+    groups={"full": Group({"full": full()}), "low": Group({"r1": lora(1), "r8": lora(8)}), "high": Group({"r64": lora(64)})},
 )  # fmt: skip
 
 # The paper's tasks that a package index or TFDS reaches (FEVER is in neither), as RoBERTa-base reads them.

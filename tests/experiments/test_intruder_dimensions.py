@@ -12,7 +12,9 @@ from experiments.intruder_dimensions.settings import Grid, Group, Setting, Varia
 from experiments.intruder_dimensions.study import STUDY
 from ft_jax import population, tree
 from ft_jax.analysis import spectral
+from ft_jax.data.splits import fraction
 from ft_jax.errors import UserError
+from ft_jax.io import tokenizer
 from tests import folders
 
 
@@ -51,6 +53,15 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(analyse, "WIDTH", 256)
     monkeypatch.setitem(measuring.SCALES, "tiny", {"encoder": how, "decoder": spoken_how})
     return Setting("tiny", grid, small)
+
+
+def test_a_sample_of_the_passages_is_measured_whole(tiny, tmp_path):
+    """The sample is a prefix by hash, which a split by hash would take out of the train split altogether."""
+    how, tok = measuring.how(tiny, "decoder"), tokenizer.load(tiny.decoder.model)
+    assert all(fraction(text) < 0.1 for text in measuring.held_out(how)[:3])
+    context = house.Context(tiny, tmp_path / "work")
+    batches = measuring._passages(context, how, tok, "causal_lm", 512, {"texts": 3, "length": 8, "batch": 2})
+    assert [int((b["weight"] > 0).sum()) for b in batches] == [2, 1]
 
 
 @pytest.mark.slow
