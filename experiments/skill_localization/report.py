@@ -103,16 +103,17 @@ def curves(context):
             said.append(f"{name}: no mask of the curve keeps 95 % of the accuracy.")
     table = [{"run": label(context, b, t, m), "mask": mask, "size": size, **averages(v, mask, size)} for b, t, m, v in chosen
              for mask, size in dict.fromkeys((r["mask"], r["sparsity"]) for s in v["seeds"].values() for r in s["rows"])]  # fmt: skip
-    columns = [("run", "run"), ("mask", "mask"), ("share", "share", ".3%"), ("accuracy", "accuracy"), ("kept", "gain kept"), ("agreement", "agreement", ".1%"),
-               ("ece", "ECE", ".3f")]  # fmt: skip
+    columns = [("run", "run"), ("mask", "mask"), ("share", "share", ".3%"), ("accuracy", "accuracy"), ("loss", "loss", ".3f"), ("kept", "gain kept"),
+               ("agreement", "agreement", ".1%"), ("ece", "ECE", ".3f")]  # fmt: skip
     return ("How small can a graft be?", [" ".join(said), page.figure(fig, "Accuracy of grafts by size, one panel a run; bands are the least and the largest of "
             "the seeds. A learnt mask starts from a magnitude mask and may grow; it stands at the size that it reached."),
-            page.details("All masks in numbers", page.table(table, columns))])  # fmt: skip
+            page.details("All masks in numbers", page.table(table, columns, "A base that gives every text the same word, as a language model "
+            "may, keeps its accuracy until a graft turns the answer: there the loss tells masks apart."))])  # fmt: skip
 
 
 def averages(value, mask, size):
     rows = [r for s in value["seeds"].values() for r in s["rows"] if (r["mask"], r["sparsity"]) == (mask, size)]
-    return {"share": mean([r["share"] for r in rows]), "accuracy": spread([r["accuracy"] for r in rows]),
+    return {"share": mean([r["share"] for r in rows]), "accuracy": spread([r["accuracy"] for r in rows]), "loss": mean([r["loss"] for r in rows]),
             "kept": spread([r["kept"] for r in rows if r["kept"] is not None], ".0%"), "agreement": mean([r["agreement"] for r in rows]),
             "ece": mean([r["ece"] for r in rows])}  # fmt: skip
 
