@@ -44,6 +44,8 @@ class Table:
     def __init__(self, context, which):
         self.context, self.which, self.found = context, which, analyse.rows(context, which)
         self.by = analyse.by_variant(self.found)
+        if "full" not in self.by or not self.doubled():
+            raise Missing(f"full fine-tuning and LoRA of the {which} are not both measured")
 
     def __contains__(self, names):
         return all(n in self.by for n in ([names] if isinstance(names, str) else names))

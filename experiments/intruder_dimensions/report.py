@@ -4,7 +4,7 @@ import numpy as np
 
 from experiments.intruder_dimensions import analyse, claims, continual, figures, settings, sweep
 from experiments.intruder_dimensions.analyse import count
-from experiments.study import spread
+from experiments.study import Missing, spread
 from ft_jax.analysis import report as page
 
 READING = (
@@ -36,10 +36,10 @@ def _subtitle(context):
 
 
 def _grid(context, which):
-    found = analyse.rows(context, which)
-    if not found:
+    try:
+        grid, t = getattr(context.setting, which), claims.Table(context, which)
+    except Missing:
         return []
-    grid, t = getattr(context.setting, which), claims.Table(context, which)
     name = {"encoder": "Encoder", "decoder": "Language model"}[which]
     out = [(f"{name}: what was trained", [_setup(grid), *_failures(context, which, t), _runs(context, which, t)]),
            (f"{name}: intruders", _intruders(context, t)), (f"{name}: the change itself", _change(context, which, t)),

@@ -43,7 +43,8 @@ def fine_tuning(context):
         prefix = "" if bench == first_bench(context) else f"{bench.name}_"
         trained = context.get(f"train_{prefix}{task}_{method}", {})
         rows.append({
-            "run": label(context, bench, task, method), "kind": KINDS.get(task, "–"), "rate": trained.get("learning_rate"), "seeds": len(seeds),
+            "run": label(context, bench, task, method), "kind": KINDS.get(task, "–"), "seeds": len(seeds),
+            "rate": f"{LABELS[method]}{'' if bench == first_bench(context) else f' ({bench.name})'} {trained.get('learning_rate', np.nan):.1e}",
             "base": value["base"]["accuracy"], "tuned": spread([s["tuned"]["accuracy"] for s in seeds]),
             "graft": spread([r["accuracy"] for r in found]), "share": mean([r["share"] for r in found]),
             "same": spread([pick(s, "magnitude, as large")["accuracy"] for s in seeds]),
@@ -51,11 +52,12 @@ def fine_tuning(context):
         })  # fmt: skip
     if not rows:
         return None
-    columns = [("run", "run"), ("rate", "learning rate", ".1e"), ("base", "base", ".3f"), ("tuned", "fine-tuned"), ("share", "grafted", ".2%"),
+    columns = [("run", "run"), ("base", "base", ".3f"), ("tuned", "fine-tuned"), ("share", "grafted", ".2%"),
                ("graft", "learnt graft"), ("same", "magnitude, same size"), ("chance", "random, same size"), ("agree", "agreement", ".1%")]  # fmt: skip
     bench = first_bench(context)
     said = (f"Accuracy on {bench.test_limit or 'all'} held-out examples, mean ± standard deviation over seeds ({max(r['seeds'] for r in rows)} at most). "
-            "Agreement is the share of equal answers of the learnt graft and the fine-tuned model.")  # fmt: skip
+            "Agreement is the share of equal answers of the learnt graft and the fine-tuned model. "
+            f"Learning rates: {', '.join(dict.fromkeys(r['rate'] for r in rows))}.")  # fmt: skip
     tuned = context.get(f"tune_{bench.name}")
     note = "" if not tuned else (
         f"SGD's learning rate, {tuned['chosen']:g}, had the lowest validation loss on {tuned['task'].replace('_', ' ')} after {tuned['steps']} steps: "
@@ -134,19 +136,19 @@ def reliability(context):
         return None
     fig, axes = page.new_figure(6.8, 2.3 * len(chosen), len(chosen), 3, squeeze=False, sharex=True, sharey=True)
     rows = []
-    for line, (bench, task, method, value) in zip(axes, chosen, strict=True):
+    for i, (bench, task, method, value) in enumerate(chosen):
         region, seeds = bench.graft["region"], list(value["seeds"].values())
         found = {"base": [value["base"]], "fine-tuned": [s["tuned"] for s in seeds], "graft": [learnt(s, region) for s in seeds]}
         rows.append({"run": label(context, bench, task, method), **{k: spread([x["ece"] for x in v]) for k, v in found.items()}})
-        for ax, (name, scores) in zip(line, found.items(), strict=True):
+        for ax, (name, scores) in zip(axes[i], found.items(), strict=True):
             bins = [b for b in pooled([x["bins"] for x in scores]) if b[0]]
             total = sum(b[0] for b in bins)
             ax.plot([0, 1], [0, 1], color=GREY, lw=0.8, ls="--")
             ax.plot([b[1] for b in bins], [b[2] for b in bins], color=page.PALETTE[0])
             ax.scatter([b[1] for b in bins], [b[2] for b in bins], s=[12 + 160 * b[0] / total for b in bins], color=page.PALETTE[0], alpha=0.7, linewidth=0)
-            ax.set_title(f"{LABELS[method]}{'' if bench == first_bench(context) else f' ({bench.name})'}: {name}")
+            ax.set_title("" if i else name)
             ax.set_ylim(0, 1)
-        line[0].set_ylabel("accuracy")
+        axes[i][0].set_ylabel(f"{LABELS[method]}{'' if bench == first_bench(context) else f' ({bench.name})'}\naccuracy")
     low = 1 / max(b.tasks[main]["num_labels"] for b in context.setting.benches if main in b.tasks)
     for ax in axes[-1]:
         ax.set_xlim(low - 0.03, 1.02)
