@@ -106,6 +106,6 @@ def test_on_the_small_defaults(name, tmp_path):
             if "could not be fetched" not in str(error):
                 raise
             pytest.skip(f"needs the bundled {asset}: {error}")
-    _, said, figures, _ = execute(name, tmp_path, STEPS=20)
+    _, said, figures, _ = execute(name, tmp_path, STEPS=8)
     assert figures == (3 if name == "demo" else 1)
     assert "6 layers" in said if name == "demo" else "36 matrices" in said
