@@ -192,6 +192,7 @@ def figure(fig, caption, alt=None):
     svg = buffer.getvalue()[buffer.getvalue().index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'(?<= d=")[^"]*', _shorter, svg)
     mark = f"f{next(_numbers)}-"  # ids are page-wide, and matplotlib numbers every figure's from one
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{mark}", svg)
     svg = re.sub(r"((?:stroke|fill): )#000000", r"\1currentColor", svg)
@@ -199,6 +200,14 @@ def figure(fig, caption, alt=None):
     tag = rf'<svg role="img" aria-label="{_label(alt or caption)}" \1 style="max-width: {width}pt">'
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', tag, svg, count=1)
     return Html(f'<figure><div class="wide">{svg}</div><figcaption>{_safe(caption)}</figcaption></figure>')
+
+
+def _shorter(path):
+    """A path's data in hundredths of a point, a rectangle by its corners: a heatmap is hundreds of these."""
+    data = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), path[0])
+    data = re.sub(r"\s*\n\s*", "", data)
+    corner = r"(-?[\d.]+)"
+    return re.sub(rf"^M {corner} {corner}L {corner} \2L \3 {corner}L \1 \4L \1 \2z?$", r"M\1 \2H\3V\4H\1z", data)
 
 
 def _label(value):

@@ -87,6 +87,17 @@ def test_figures_take_the_text_colour():
     assert ">steps</text>" in svg and "&lt;full&gt; &amp;" in svg
 
 
+def test_a_heatmap_takes_a_corner_pair_a_cell():
+    """Every cell is drawn, edge to edge, to a hundredth of a point."""
+    fig, ax = report.new_figure(3, 2)
+    report.heatmap(ax, np.arange(12.0).reshape(3, 4), x=list("abcd"), y=list("uvw"), label="value")
+    cells = re.findall(r'd="M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)H\1z" clip-path', report.figure(fig, "cells"))
+    boxes = np.array(cells[:12], float).reshape(3, 4, 4)
+    np.testing.assert_allclose(boxes[:, 1:, 0], boxes[:, :-1, 2], atol=1e-9)
+    np.testing.assert_allclose(boxes[1:, :, 1], boxes[:-1, :, 3], atol=1e-9)
+    assert (boxes[..., 2] - boxes[..., 0] > 10).all() and (boxes[..., 3] - boxes[..., 1] > 10).all()
+
+
 def test_floats_of_a_column_share_their_decimals():
     assert re.findall(r"<td class=n>([^<]*)</td>", report.table([{"a": 0.5}, {"a": 12.25}, {}], ["a"])) == [
         "0.50", "12.25", "–"]
