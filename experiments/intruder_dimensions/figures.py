@@ -1,6 +1,7 @@
 """The figures of the page: counts over ε, rank, k, learning rate and data; similarity; forgetting; the intervention."""
 
 import numpy as np
+from matplotlib.ticker import NullFormatter
 
 from experiments.intruder_dimensions import analyse, measuring
 from experiments.study import band
@@ -39,14 +40,15 @@ def by_eps(t):
 def by_rank(t):
     """α = 2r against α = 8 at two thresholds."""
     fig, axes = page.new_figure(6.9, 2.7, 1, 2, sharex=True)
+    ladders = {"α = 2r": t.doubled(), "α = 8": t.ladder(lambda r: r["alpha"] == 8)}
     for ax, eps in zip(axes, (0.5, 0.9)):
-        for label, ladder in (("α = 2r", t.doubled()), ("α = 8", t.ladder(lambda r: r["alpha"] == 8))):
+        for label, ladder in ladders.items():
             seeds = min(len(t.by[n]) for _, n in ladder)
             ys = np.array([t.counts(n, eps)[:seeds] for _, n in ladder], float).T
             band(ax, [r for r, _ in ladder], ys, label=label)
         ax.axhline(np.mean(t.counts("full", eps)), ls="--", lw=0.9, color="#8c8577", label="full")
         ax.set_xscale("log", base=2)
-        _count_axis(ax.yaxis, [max(t.counts(n, eps)) for _, n in t.ladder()])
+        _count_axis(ax.yaxis, [max(t.counts(n, eps)) for ladder in ladders.values() for _, n in ladder])
         ax.set_xlabel("rank r")
         ax.set_title(f"ε = {eps:g}")
     axes[0].set_ylabel(f"intruders in the top {analyse.K}")
@@ -160,6 +162,7 @@ def scatter(t, measure, label, correlations):
             _count_axis(ax.xaxis, [of(r) for r in t.found], -0.3)
         else:
             ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())  # a short axis would number every digit, one over the other
         ax.set_xlabel(name)
         c = said.get(name)
         if c and c["rho"] is not None:

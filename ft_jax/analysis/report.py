@@ -143,7 +143,8 @@ def table(rows, columns, caption=None):
         head.append(f'<th scope="col"{" class=n" if right[key] else ""}>{_safe(heading)}</th>')
     body = []
     for row in rows:
-        cells = (f'<td{" class=n" if right[k] else ""}>{number(row.get(k), specs[k])}</td>' for k, *_ in columns)
+        # A narrow column breaks "a ± b" once, not twice.
+        cells = (f'<td{" class=n" if right[k] else ""}>{number(row.get(k), specs[k]).replace(" ±", "&nbsp;±")}</td>' for k, *_ in columns)
         body.append(f"<tr>{''.join(cells)}</tr>")
     title = f"<caption>{_safe(caption)}</caption>" if caption else ""
     return Html(f'<figure class="wide"><table>{title}<thead><tr>{"".join(head)}</tr></thead>'
