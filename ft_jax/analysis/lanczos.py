@@ -57,13 +57,15 @@ def _orthonormal(xp, t, against=None):
     """Orthonormal columns that span t, orthogonal to the columns of ``against``.
 
     Twice is enough where t has full rank. Where it has not, QR turns rounding into columns that may lie in the span of
-    ``against`` but for a thousandth: a third pass makes them new directions.
+    ``against`` but for a thousandth: a third pass makes them new directions. The second one tells, as it shrinks them.
     """
-    for _ in range(3):
+    for i in range(3):
         if against is not None:
             t = t / xp.maximum(xp.linalg.norm(t, axis=-2, keepdims=True), 1e-30)
             t = t - against @ (_t(against) @ t)
-        t = xp.linalg.qr(t)[0]
+        t, r = xp.linalg.qr(t)
+        if i and xp is np and np.abs(np.diagonal(r, axis1=-2, axis2=-1)).min() > 0.5:
+            break
     return t
 
 

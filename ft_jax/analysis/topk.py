@@ -6,11 +6,15 @@ Where the bound leaves a count open, or a cosine less sure than ``tolerance``, t
 computation of `spectral`. The base's left vectors come from `svd_cache`, so max_i |cos(u0_i, u_j)| is one product.
 """
 
+import concurrent.futures
 import contextlib
+import functools
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import threadpoolctl
 
 from ft_jax import tree
 from ft_jax.analysis import lanczos, spectral, svd_cache
@@ -24,9 +28,9 @@ def parts(w):
     """``(w, a, b)`` of an array or kernel, float32: W + A B, a and b None unless the kernel is low-rank."""
     if isinstance(w, LowRank) and w.a.shape[-1] <= min(w.shape[-2:]) // 4:
         w0, scale = dense(w.base), w.scale[..., None, None]
-        return w0.astype(np.float32), (w.a * scale).astype(np.float32), w.b.astype(np.float32)
+        return tuple(x.astype(np.float32, copy=False) for x in (w0, w.a * scale, w.b))
     w = dense(w)
-    return (w if isinstance(w, jax.Array) else np.asarray(w)).astype(np.float32), None, None
+    return (w if isinstance(w, jax.Array) else np.asarray(w)).astype(np.float32, copy=False), None, None
 
 
 def check(base, tuned):
@@ -105,6 +109,22 @@ def same(base, op):
     return np.array_equal(base, w) and (a is None or not a.any() or not b.any())
 
 
+_blas = functools.cache(threadpoolctl.ThreadpoolController)
+
+
+def _each(fn, items):
+    """``[fn(x) for x in items]``, a thread for each core: hashing, reading and small factorisations know no other way.
+
+    BLAS gets the cores that are left over, as its threads would wait for one another.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(cores, len(items))
+    if workers < 2:
+        return [fn(x) for x in items]
+    with _blas().limit(limits=cores // workers, user_api="blas"), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(fn, items))
+
+
 def _slice(w, i, lead):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[lead:])[i], w)
 
@@ -124,21 +144,25 @@ def intruders(base, tuned, *, k=10, eps=0.5, sweep=(), tolerance=1e-3, left=Fals
     lead, (d_in, d_out) = base.shape[:-2], base.shape[-2:]
     depth, n = len(lead), min(d_in, d_out)
     xp = xp or _device(*jax.tree.leaves(tuned))
+    if xp is np:
+        tuned = jax.tree.map(np.asarray, tuned)
     flat, ops = base.reshape(-1, d_in, d_out), parts(tuned)
     ops = tuple(None if x is None else x.reshape(-1, *x.shape[depth:]) for x in ops)
     fast = n >= MIN_SIDE and 2 * lanczos.basis_size(k) <= n
-    known = [svd_cache.left(w) for w in flat]
+    known = _each(svd_cache.left, flat)
     one = [tuple(None if x is None else x[i] for x in ops) for i in range(len(flat))]
     copies = [same(w, op) for w, op in zip(flat, one)]
     vectors = _vectors(one, known, copies, k, tolerance, xp) if fast else None
-    rows = []
-    for i, (w, (u0, sigma)) in enumerate(zip(flat, known)):
+
+    def row(i):
+        w, (u0, sigma) = flat[i], known[i]
         if copies[i]:
-            rows.append(_copy(w, min(k, n), u0, sigma))
-        elif not fast:
-            rows.append((exact(w, _slice(tuned, i, depth), k, u0), False))
-        else:
-            rows.append(_row(w, one[i], _slice(tuned, i, depth), vectors[i], k, (eps, *sweep), tolerance, u0))
+            return _copy(w, min(k, n), u0, sigma)
+        if not fast:
+            return exact(w, _slice(tuned, i, depth), k, u0), False
+        return _row(w, one[i], _slice(tuned, i, depth), vectors[i], k, (eps, *sweep), tolerance, u0)
+
+    rows = _each(row, range(len(flat)))
     cosine, sigma, found, error = (np.stack(x).reshape(*lead, *x[0].shape) for x in zip(*(row for row, _ in rows)))
     out = {"intruders": spectral.count_intruders(cosine, k=k, eps=eps), "max_cosine": cosine.astype(np.float32),
            "cosine_error": error.astype(np.float32), "singular_values": sigma.astype(np.float32),
@@ -151,8 +175,7 @@ def _vectors(ops, known, copies, k, tolerance, xp):
     todo = [i for i, copy in enumerate(copies) if not copy]
     start = {i: start_block(ops[i], known[i][0].T, k, np.random.default_rng(i)) for i in todo}
     if xp is np:
-        return {i: lanczos.top(tuple(None if x is None else np.asarray(x) for x in ops[i]), start[i], k,
-                               tolerance=tolerance) for i in todo}  # fmt: skip
+        return dict(zip(todo, _each(lambda i: lanczos.top(ops[i], start[i], k, tolerance=tolerance), todo)))
     if not todo:
         return {}
     stack = [None if x[0] is None else jnp.stack(x) for x in zip(*(ops[i] for i in todo))]
