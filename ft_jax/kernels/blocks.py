@@ -24,11 +24,11 @@ class Shards(Kernel):
         padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % rows)])
         folded = padded.reshape(*x.shape[:-1], -1, rows).sum(-2)
         low = jnp.matmul(folded, self.m.astype(x.dtype))
-        return dot(self.base, x) + jnp.tile(low, self.shape[-1] // columns)
+        return dot(self.base, x) + jnp.tile(low, self.base.shape[-1] // columns)
 
     def dense(self):
         rows, columns = self.m.shape[-2:]
-        d_in, d_out = self.shape[-2:]
+        d_in, d_out = self.base.shape[-2:]
         repeats = (1,) * (self.m.ndim - 2) + (-(-d_in // rows), d_out // columns)
         return dense(self.base) + jnp.tile(self.m, repeats)[..., :d_in, :]
 

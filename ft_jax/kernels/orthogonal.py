@@ -68,7 +68,7 @@ def _rotate(x, blocks):
 def _rotate_rows(blocks, w):
     """The block-diagonal matrix times ``w [..., d_in, d_out]``."""
     parts = w.reshape(*w.shape[:-2], -1, blocks.shape[-1], w.shape[-1])
-    return jnp.einsum("...nbc,...nco->...nbo", blocks, parts, precision="highest").reshape(w.shape)
+    return jnp.matmul(blocks, parts, precision="highest").reshape(w.shape)
 
 
 @struct.dataclass

@@ -8,7 +8,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from ft_jax.errors import UserError
@@ -16,13 +15,17 @@ from ft_jax.kernels.base import Kernel, dense, dot
 from ft_jax.registry import register
 
 
-def _chain(x, left, right):
-    """``x @ left @ right`` in the cheaper order; x ``[..., d_in]``."""
+def _plus(base, x, left, right, scale):
+    """``x @ (base + scale · left @ right)``; the sum is formed where a step is cheaper so: for few tokens or a small rank it is not."""
     tokens, (d_in, inner), d_out = math.prod(x.shape[:-1]), left.shape, right.shape[-1]
-    left, right = left.astype(x.dtype), right.astype(x.dtype)
-    if tokens * inner * (d_in + d_out) <= d_in * d_out * (tokens + inner):
-        return jnp.matmul(jnp.matmul(x, left), right)
-    return jnp.matmul(x, jnp.matmul(left, right))
+    # Three products of x's length with each factor, or three of the factors and the gradient of the sum.
+    if 3 * tokens * inner * (d_in + d_out) <= d_in * d_out * (tokens + 3 * inner):
+        low = jnp.matmul(jnp.matmul(x, left.astype(x.dtype)), right.astype(x.dtype))
+        return dot(base, x) + low * scale.astype(x.dtype)
+    change = scale * jnp.matmul(left, right)
+    if isinstance(base, Kernel):
+        return dot(base, x) + jnp.matmul(x, change.astype(x.dtype))
+    return jnp.matmul(x, (base + change).astype(x.dtype))
 
 
 def _uniform(rng, shape, bound):
@@ -58,7 +61,7 @@ class Hadamard(Kernel):
         # (A1 B1) ⊙ (A2 B2) has rank r²: its factors hold the products of columns of A1 and A2, of rows of B1 and B2.
         left = jnp.einsum("ir,iq->irq", self.a1, self.a2).reshape(self.a1.shape[0], -1)
         right = jnp.einsum("ro,qo->rqo", self.b1, self.b2).reshape(-1, self.b1.shape[-1])
-        return dot(self.base, x) + _chain(x, left, right) * self.scale.astype(x.dtype)
+        return _plus(self.base, x, left, right, self.scale)
 
     def dense(self):
         first, second = (jnp.einsum("...ir,...ro->...io", a, b, precision="highest")
@@ -102,7 +105,7 @@ class Kronecker(Kernel):
 
     def dense(self):
         c, d = (f[0] if len(f) == 1 else jnp.matmul(*f, precision="highest") for f in (self.left, self.right))
-        change = jnp.einsum("...ml,...nk->...mnlk", c, d, precision="highest").reshape(self.shape)
+        change = jnp.einsum("...ml,...nk->...mnlk", c, d, precision="highest").reshape(self.base.shape)
         return dense(self.base) + self.scale[..., None, None] * change
 
 
@@ -182,7 +185,7 @@ def vera(w, rng, *, rank=256, inner=0.1, seed=0):
 
 @struct.dataclass
 class RandomBases(Kernel):
-    """W + scale · Σ_j B_j diag(λ_j) A diag(γ_j), or its transpose where d_in < d_out; W, A, B frozen.
+    """W + scale · Σ_j B_j diag(λ_j) A diag(γ_j), or its transpose where d_in ≤ d_out; W, A, B frozen.
 
     a ``[..., r, min]`` the one small basis, b ``[..., max, J r]`` the large ones side by side, weights λ ``[..., r, J]``,
     columns γ ``[..., J, min]``, scale ``[...]``. Pair p = i J + j of the sum takes column p of b and row i of A, as in PEFT.
@@ -200,19 +203,19 @@ class RandomBases(Kernel):
     def _factors(self):
         small = jnp.einsum("...rj,...ri,...ji->...rji", self.weights, self.a, self.columns)
         small = small.reshape(*small.shape[:-3], -1, small.shape[-1])
-        if self.shape[-2] < self.shape[-1] or self.shape[-2] == self.shape[-1]:
+        if self.base.shape[-2] <= self.base.shape[-1]:
             return jnp.swapaxes(small, -1, -2), jnp.swapaxes(self.b, -1, -2)
         return self.b, small
 
     def dot(self, x):
-        return dot(self.base, x) + _chain(x, *self._factors()) * self.scale.astype(x.dtype)
+        return _plus(self.base, x, *self._factors(), self.scale)
 
     def dense(self):
         left, right = self._factors()
         return dense(self.base) + self.scale[..., None, None] * jnp.matmul(left, right, precision="highest")
 
 
-@register("kernel", "randlora", paper="arXiv:2502.00987", fit={"rank": 4}, flops=1.5)
+@register("kernel", "randlora", paper="arXiv:2502.00987", fit={"rank": 4}, flops=1.4)
 def randlora(w, rng, *, rank=32, alpha=640.0, seed=0):
     """RandLoRA: W + (alpha / rank) · Σ_j B_j diag(λ_j) A diag(γ_j), J = ⌈min / rank⌉ random bases, λ = 0, γ = 1 / max(J, min).
 
@@ -242,7 +245,7 @@ class Scattered(Kernel):
     trainable = ("values",)
 
     def _change(self):
-        d_in, d_out = self.shape[-2:]
+        d_in, d_out = self.base.shape[-2:]
 
         def fill(values, places):
             return jnp.zeros(d_in * d_out, values.dtype).at[places].set(values).reshape(d_in, d_out)
@@ -272,7 +275,9 @@ def shira(w, rng, *, rank=8):
     if count > d_in * d_out:
         raise UserError(f"shira: rank {rank} makes {count} places, a {d_in}x{d_out} matrix has {d_in * d_out}; largest rank: "
                         f"{d_in * d_out // (d_in + d_out)}")
-    keys = jax.random.split(rng, math.prod(stack))
-    draws = [jnp.sort(jax.random.permutation(key, d_in * d_out)[:count]) for key in keys]
-    places = jnp.stack(draws).reshape(*stack, count).astype(np.int32)
+
+    def draw(key):
+        return jnp.sort(jax.random.permutation(key, d_in * d_out)[:count]).astype(jnp.int32)
+
+    places = jax.lax.map(draw, jax.random.split(rng, math.prod(stack))).reshape(*stack, count)
     return Scattered(w, jnp.zeros((*stack, count), jnp.float32), places)

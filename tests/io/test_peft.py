@@ -63,8 +63,9 @@ def edit(folder, **changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; supported: LORA"),
-    ({"use_dora": True}, "use_dora True is not supported"),
+    ({"peft_type": "PREFIX_TUNING"}, "peft_type 'PREFIX_TUNING' is not supported; supported: LORA, LOHA"),
+    ({"use_dora": True}, "q_proj lacks lora_magnitude_vector"),
+    ({"use_qalora": True}, "use_qalora True is not supported"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out True is not supported"),
     ({"bias": "all"}, "bias 'all' is not supported; supported: none"),
     ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' moves the base weights"),

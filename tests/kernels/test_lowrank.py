@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ft_jax import masks, tree
+from ft_jax import kernels, masks, tree
 from tests.kernels.trees import D_IN, D_OUT, LAYERS, adapted, matrix, moved
 
 COUNTS = {
@@ -66,3 +66,57 @@ def test_pissa_splits_the_spectrum(rank, alpha, stack):
     sizes = s[..., None, :rank] / scale * np.eye(rank)
     np.testing.assert_allclose(np.swapaxes(a, -1, -2) @ a, sizes, rtol=0, atol=1e-4)
     np.testing.assert_allclose(b @ np.swapaxes(b, -1, -2), sizes, rtol=0, atol=1e-4)
+
+
+def test_lora_fa_starts_as_lora_and_trains_b_alone():
+    """Another draw than `lora_b`: A as LoRA has it, not orthonormal."""
+    fa, lora = (adapted(n)["w"]["kernel"] for n in ("lora_fa", "lora"))
+    np.testing.assert_array_equal(fa.a, lora.a)
+    assert (type(fa).trainable, type(lora).trainable) == (("b",), ("a", "b"))
+
+
+@pytest.mark.parametrize("stack", [(), (LAYERS,)])
+def test_dora_keeps_the_magnitudes_apart(stack):
+    """Column norms of W' are m whatever A and B do; the factored norm is that of W + s A B written out."""
+    kernel = moved(adapted("dora(rank=4, alpha=2)", shape=(*stack, D_IN, D_OUT)))["w"]["kernel"]
+    a, b, m = (np.asarray(x, np.float64) for x in (kernel.a, kernel.b, kernel.magnitude))
+    direction = np.asarray(matrix(*stack, D_IN, D_OUT), np.float64) + 0.5 * (a @ b)
+    norms = np.linalg.norm(direction, axis=-2)
+    np.testing.assert_allclose(kernel.norms(), norms, rtol=1e-5)
+    np.testing.assert_allclose(kernel.dense(), direction * (m / norms)[..., None, :], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(kernel.dense(), np.float64), axis=-2), np.abs(m), rtol=1e-5)
+    start = adapted("dora", shape=(*stack, D_IN, D_OUT))["w"]["kernel"]
+    np.testing.assert_allclose(start.magnitude, np.linalg.norm(matrix(*stack, D_IN, D_OUT), axis=-2), rtol=1e-5)
+
+
+def test_doras_norms_are_constants_to_the_gradient():
+    """Section 4.3: ∂y/∂A is that of (m / n) s x A B with n held; the free norm's would differ."""
+    kernel, x = moved(adapted("dora(rank=4, alpha=2)"))["w"]["kernel"], matrix(5, D_IN, seed=2)
+
+    def loss(a, held):
+        k = kernel.replace(a=a)
+        n = kernel.norms() if held else jnp.linalg.norm(kernel.base + 0.5 * a @ kernel.b, axis=0)
+        return jnp.square((x @ (k.base + 0.5 * a @ k.b)) * (k.magnitude / n)).mean()
+
+    got = jax.grad(lambda a: jnp.square(kernel.replace(a=a).dot(x)).mean())(kernel.a)
+    np.testing.assert_allclose(got, jax.grad(lambda a: loss(a, True))(kernel.a), rtol=1e-4, atol=1e-6)
+    assert np.abs(got - jax.grad(lambda a: loss(a, False))(kernel.a)).max() > 1e-3
+
+
+def test_dora_survives_a_column_of_zeros():
+    params = {"w": {"kernel": matrix(D_IN, D_OUT).at[:, 3].set(0.0)}}
+    kernel = kernels.adapt(params, [(".*", "dora")], jax.random.key(0))["w"]["kernel"]
+    assert np.isfinite(kernel.dot(matrix(5, D_IN))).all()
+
+
+@pytest.mark.parametrize("rank, alpha, stack", [(1, 16.0, ()), (4, 2.0, (LAYERS,)), (D_OUT, 8.0, ())])
+def test_olora_takes_the_first_directions_of_a_qr(rank, alpha, stack):
+    """B's rows are orthonormal, A B is the part of W in the first ``rank`` columns of Q; W − s A B is frozen."""
+    w = np.asarray(matrix(*stack, D_IN, D_OUT), np.float64)
+    kernel = adapted(f"olora(rank={rank}, alpha={alpha})", shape=w.shape)["w"]["kernel"]
+    a, b, scale = np.asarray(kernel.a, np.float64), np.asarray(kernel.b, np.float64), alpha / rank
+    q, r = np.linalg.qr(np.swapaxes(w, -1, -2))
+    part = np.swapaxes(q[..., :rank] @ r[..., :rank, :], -1, -2)
+    np.testing.assert_allclose(a @ b, part, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(kernel.base, w - scale * part, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(b @ np.swapaxes(b, -1, -2), np.broadcast_to(np.eye(rank), (*stack, rank, rank)), atol=1e-5)
