@@ -6,6 +6,7 @@ Einsum letters: b row of the batch, i input, o output, r rank, e expert, q split
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from ft_jax import tree
@@ -216,16 +217,17 @@ def route(params, ids):
 
     Raises UserError that names the leaf for ids beyond its tasks, and for None where there is more than one.
     """
+    seen = () if ids is None or isinstance(ids, jax.core.Tracer) else np.unique(ids)  # a traced id cannot be looked at
     found = None if ids is None else jnp.asarray(ids, jnp.int32)
-    known = None if found is None or isinstance(found, jax.core.Tracer) or not found.size else int(found.max())
 
     def put(path, leaf):
         if not _is_routed(leaf):
             return leaf
         if found is None and leaf.choices > 1:
             raise UserError(f"{path} holds {leaf.choices} tasks and the batch has no task ids")
-        if known is not None and known >= leaf.choices:
-            raise UserError(f"{path} holds {leaf.choices} tasks, numbered from 0; there is no task {known}")
+        for task in seen:
+            if not 0 <= task < leaf.choices:
+                raise UserError(f"{path} holds {leaf.choices} tasks, numbered from 0; there is no task {task}")
         return leaf.replace(tasks=None if found is None else jnp.broadcast_to(found, (*leaf.shape[:-2], *found.shape)))
 
     return tree.map_with_path(put, params, is_leaf=_is_routed)

@@ -165,7 +165,7 @@ def _without_size_backward(sizes, g):
 _without_size.defvjp(_without_size_forward, _without_size_backward)
 
 
-@register("kernel", "sst", paper="arXiv:2405.15481", start="rounded", plain=True, flops=0.9)
+@register("kernel", "sst", paper="arXiv:2405.15481", start="rounded", plain=True, flops=0.95)
 def sst(w, rng, *, rank=8):
     """Sparse spectral training: W = U Σ Vᵀ, all of Σ trains and ``rank`` pairs u_j, v_j drawn with p ∝ σ_j.
 
