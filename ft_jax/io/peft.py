@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft_jax import tree
+from ft_jax import registry, tree
 from ft_jax.errors import UserError, nearest
 from ft_jax.io import files, hf, layout, peft_kinds, safetensors
 from ft_jax.io.peft_kinds import KINDS
@@ -23,7 +23,8 @@ from ft_jax.kernels.scale import ScaledIn, ScaledOut
 ROOT, SHARED = "base_model.model.", "base_model."
 TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS", "none": "FEATURE_EXTRACTION", "pooled": "FEATURE_EXTRACTION",
          "prototype": "FEATURE_EXTRACTION"}  # fmt: skip
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that also move the frozen weights
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that also move the frozen weights …
+FOLLOWED = ("pissa", "olora")  # … and those that the base alone decides
 MERGED = "export the merged model instead"
 PADDED = (LowRank, Dora, Hadamard)  # where zeros make a smaller rank as large as its neighbours'
 # What a layer without an adapter holds where zeros would change it.
@@ -40,7 +41,7 @@ def save_adapter(folder, model, params, base_name, *, base=None, use_rslora=Fals
 
     base_name: what ``base_model_name_or_path`` says. base: the plain base parameters; other leaves that differ from
     them (classification and prototype heads always) are stored whole, as ``modules_to_save``; norms alone are PEFT's
-    LN tuning. UserError for what PEFT has no place for: taps, other or nested kernels, several kinds of kernel, a moved
+    LN tuning. LoRA around a moved base (PiSSA, OLoRA, CorDA) becomes LoRA of twice the rank around ``base``. UserError for what PEFT has no place for: taps, other or nested kernels, several kinds of kernel, a moved
     base under an adapter, MLM heads.
     """
     found, whole = _collect(model.config, params, None if base is None else tree.flatten(base))
@@ -101,7 +102,9 @@ def _collect(config, params, base):
             before = None if base is None else base[path][first : first + len(layers)] if stacked else base[path]
             names = [layout.saved_name(config, rows[path, i].name) for i in layers]
             if is_kernel(leaf):
-                _check_kernel(path, leaf, before, [p for p, _ in rows])
+                _check_kernel(path, leaf, [p for p, _ in rows])
+                if before is not None and not np.array_equal(np.asarray(leaf.base), np.asarray(before)):
+                    leaf = _around_base(path, leaf, before)
                 for i, name in enumerate(names):
                     one = jax.tree.map(operator.itemgetter(i), leaf) if stacked else leaf
                     found[name.removesuffix(".weight")] = jax.tree.map(np.asarray, one)
@@ -121,7 +124,22 @@ def _travels(config, path, leaf, before):
     return changed
 
 
-def _check_kernel(path, leaf, before, paths):
+def _around_base(path, leaf, base):
+    """R + s A B, where W = R + s A0 B0 is the base, as W + s [A A0] [B −B0]ᵀ; UserError if W − R is of a higher rank."""
+    refused = UserError(f"{path}: the frozen matrix under the adapter is not that of the base model; {MERGED}")
+    if not isinstance(leaf, LowRank) or not np.asarray(leaf.scale).all():
+        raise refused
+    u, sizes, v = np.linalg.svd(np.asarray(base, np.float64) - np.asarray(leaf.base, np.float64), full_matrices=False)
+    rank = leaf.a.shape[-1]
+    if sizes[..., rank:].max(initial=0) > 1e-4 * sizes.max():
+        raise refused
+    root = np.sqrt(sizes[..., :rank] / np.asarray(leaf.scale)[..., None])
+    a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+    a, b = np.concatenate([leaf.a, a], -1), np.concatenate([leaf.b, -b], -2)
+    return LowRank(base, a.astype(np.float32), b.astype(np.float32), leaf.scale)
+
+
+def _check_kernel(path, leaf, paths):
     """UserError for a kernel that PEFT has no form of, or no place for."""
     kind, nested = type(leaf).__name__, is_kernel(getattr(leaf, "base", None))
     if nested or not any(type(leaf) in row.kernels for row in KINDS.values()):
@@ -129,8 +147,6 @@ def _check_kernel(path, leaf, before, paths):
         raise UserError(f"{path}: a {kind}{around} kernel has no form in PEFT; {MERGED}")
     if path.startswith("head/"):
         raise UserError(f"{path}: PEFT trains heads whole and takes no adapter on them; {MERGED}")
-    if before is not None and not np.array_equal(np.asarray(leaf.base), np.asarray(before)):
-        raise UserError(f"{path}: the frozen matrix under the adapter is not that of the base model; {MERGED}")
     if isinstance(leaf, ScaledOut) and path.removesuffix("kernel") + "bias" in paths:
         raise UserError(f"{path}: PEFT's (IA)³ scales the bias too, this kernel the matrix alone; {MERGED}")
 
@@ -213,7 +229,7 @@ def load_adapter(folder, model, params):
                 f"{checkpoint.path}: {row.name} is {list(array.shape)} but the model's is "
                 f"{list(row.shape)}: an adapter for another base or another number of labels"
             )
-    return _apply(model.config, params, found, whole)
+    return _apply(model.config, params, found, whole, _start(adapter.config))
 
 
 def _check_config(folder, config, plain):
@@ -229,10 +245,10 @@ def _check_config(folder, config, plain):
     for field, value in peft_kinds.FIXED.items():
         if config.get(field, value) not in (value, None):
             raise UserError(f"{file}: {field} {config[field]!r} is not supported; supported: {str(value).lower()}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+    start = _start(config)
+    if start and (plain or start not in FOLLOWED):
         raise UserError(
-            f"{file}: init_lora_weights {start!r} moves the base weights, which the adapter does not hold; "
+            f"{file}: init_lora_weights {config['init_lora_weights']!r} moves the base weights, which the adapter does not hold; "
             "convert it to plain LoRA with PEFT first"
         )
     for field in (*kind.numbers, "rank_pattern", "alpha_pattern"):
@@ -240,6 +256,12 @@ def _check_config(folder, config, plain):
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise UserError(f"{file}: {field} is {value!r}")
     return kind
+
+
+def _start(config):
+    """How the base was moved when the adapter was made, or ""."""
+    start = config.get("init_lora_weights")
+    return start.lower() if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) else ""
 
 
 def _rows_by_name(config):
@@ -288,8 +310,7 @@ def _read_part(adapter, module, shape, shared):
     try:
         kernel, fields = _told(adapter, adapter.kind.read, peft_kinds.Part(module, tuple(shape), read, adapter.config, shared))
         base = jax.ShapeDtypeStruct(tuple(shape)[::-1], jnp.float32)
-        numbers, words = _numbers(fields)
-        made = jax.eval_shape(lambda w, n: kernel(w, **n, **words).dense(), base, numbers).shape
+        made = jax.eval_shape(lambda w, f: kernel(w, **f).dense(), base, fields).shape
     except (TypeError, ValueError) as error:
         made = f"no matrix ({str(error).splitlines()[0][:80]})"
     if made != tuple(shape)[::-1]:
@@ -299,13 +320,7 @@ def _read_part(adapter, module, shape, shared):
     return kernel, fields
 
 
-def _numbers(fields):
-    """Arrays, and the plain values that are part of a kernel's type."""
-    words = {name: value for name, value in fields.items() if isinstance(value, int)}
-    return {name: value for name, value in fields.items() if name not in words}, words
-
-
-def _apply(config, params, found, whole):
+def _apply(config, params, found, whole, start):
     flat = tree.flatten(params, is_leaf=is_kernel)
     depth = config.num_layers - next((w.shape[0] for p, w in flat.items() if p.startswith("layers/")), 0)
 
@@ -327,27 +342,38 @@ def _apply(config, params, found, whole):
         path, i = place(row)
         grouped[path][i] = part
     for path, layers in grouped.items():
-        flat[path] = kernel = _around(path, flat[path], layers)
+        base = _moved(path, flat[path], layers, start) if start else flat[path]
+        flat[path] = kernel = _around(path, base, layers)
         bias = path.removesuffix("kernel") + "bias"
         if isinstance(kernel, ScaledOut) and bias in flat:
             flat[bias] = flat[bias] * kernel.s
     return tree.nest(flat)
 
 
+def _moved(path, leaf, layers, start):
+    """What PEFT leaves frozen when an adapter starts from a part of W: that of the same kernel here."""
+    for i, (_, fields) in layers.items():
+        rank, w = fields["a"].shape[-1], leaf if i is None else leaf[i] if not is_kernel(leaf) else leaf
+        try:
+            rest = registry.call("kernel", start, w, None, rank=rank, alpha=float(fields["scale"]) * rank).base
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        leaf = rest if i is None else leaf.at[i].set(rest)
+    return leaf
+
+
 def _around(path, leaf, layers):
     """The kernel of ``{layer (None outside the stack): (class, fields)}`` around a leaf."""
-    kernel, like = next(iter(layers.values()))
+    kernel, fields = next(iter(layers.values()))
     if any(k is not kernel for k, _ in layers.values()):
         raise UserError(f"{path}: its layers carry adapters of different forms, which a stack of layers cannot hold")
-    numbers, words = _numbers(like)
     if None not in layers:
-        held = {i: _numbers(fields)[0] for i, (_, fields) in layers.items()}
-        held = [held.get(i) or _neutral(kernel, numbers, leaf, i) for i in range(leaf.shape[0])]
+        held = [layers[i][1] if i in layers else _neutral(kernel, fields, leaf, i) for i in range(leaf.shape[0])]
         try:
-            numbers = jax.tree.map(functools.partial(_stack, kernel in PADDED), *held)
+            fields = jax.tree.map(functools.partial(_stack, kernel in PADDED), *held)
         except ValueError:
             raise UserError(f"{path}: its layers carry factors of different sizes, which a stack of layers cannot hold") from None
-    return kernel(leaf, **jax.tree.map(jnp.asarray, numbers), **words)
+    return kernel(leaf, **jax.tree.map(jnp.asarray, fields))
 
 
 def _neutral(kernel, fields, leaf, i):

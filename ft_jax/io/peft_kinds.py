@@ -13,7 +13,7 @@ from ft_jax.errors import UserError
 from ft_jax.kernels import Kernel, LowRank
 from ft_jax.kernels.blocks import BlockAffine, Shards
 from ft_jax.kernels.lowrank import Dora, LowRankB
-from ft_jax.kernels.orthogonal import Butterfly, Rotated, side
+from ft_jax.kernels.orthogonal import Butterfly, Rotated, RotatedBySeries, coefficients, side
 from ft_jax.kernels.products import Hadamard, Kronecker, RandomBases, Scattered, SharedRank, factorisation
 from ft_jax.kernels.scale import ScaledIn, ScaledOut
 
@@ -260,17 +260,19 @@ def _write_shira(found):
 
 
 def _read_oft(part):
-    terms = 0
-    if part.config.get("use_cayley_neumann", True):
-        terms = part.config.get("num_cayley_neumann_terms", 5)
-        if not isinstance(terms, int) or terms < 2:
-            raise UserError(f"num_cayley_neumann_terms is {terms!r}; a series has at least 2 terms")
-        terms = 4 if terms == 3 else terms  # as PEFT's loop has it
-    return Rotated, {"skew": part.tensors["oft_R.weight"], "terms": terms}
+    skew, terms = part.tensors["oft_R.weight"], part.config.get("num_cayley_neumann_terms", 5)
+    if not part.config.get("use_cayley_neumann", True):
+        return Rotated, {"skew": skew}
+    if not isinstance(terms, int) or terms < 2:
+        raise UserError(f"num_cayley_neumann_terms is {terms!r}; a series has at least 2 terms")
+    # PEFT's loop runs once more than 3 says.
+    return RotatedBySeries, {"skew": skew, "series": coefficients(4 if terms == 3 else terms)}
 
 
 def _write_oft(found):
-    terms = _same(found, "the series", lambda k: k.terms)
+    terms = _same(found, "the series", lambda k: k.series.shape[-1] if isinstance(k, RotatedBySeries) else 0)
+    if terms == 3:
+        raise UserError(f"{next(iter(found))}: a series of 3 terms, which PEFT does not have; 2 and 4 it has")
     block = _same(found, "the block", lambda k: side(k.skew.shape[-1]))
     shared = {m: k.skew.shape[-2] == 1 and k.shape[-2] != block for m, k in found.items()}
     one = any(shared.values())
@@ -347,7 +349,7 @@ KINDS = {
              shared=("randlora_A", "randlora_B"), numbers=("randlora_alpha",)),
         Kind("SHIRA", (Scattered,), ("shira_weight", "shira_indices"), _read_shira, _write_shira,
              fixed=("fan_in_fan_out",)),
-        Kind("OFT", (Rotated,), ("oft_R.weight",), _read_oft, _write_oft, ("coft",)),
+        Kind("OFT", (Rotated, RotatedBySeries), ("oft_R.weight",), _read_oft, _write_oft, ("coft",)),
         Kind("BOFT", (Butterfly,), ("boft_R", "boft_s"), _read_boft, _write_boft),
         Kind("IA3", (ScaledIn, ScaledOut), ("ia3_l",), _read_ia3, _write_ia3, fixed=("fan_in_fan_out",)),
         Kind("MISS", (Shards, BlockAffine), ("miss_block",), _read_miss, _write_miss, fixed=("bias",)),

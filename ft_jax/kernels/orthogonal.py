@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from ft_jax.errors import UserError
@@ -11,17 +12,22 @@ from ft_jax.kernels.base import Kernel, dense, dot
 from ft_jax.registry import register
 
 
-def cayley(skew, terms=0):
-    """(I − S)(I + S)⁻¹ of skew-symmetric S ``[..., b, b]``, exactly orthogonal; or OFTv2's series I + 2S + 2S² + … + Sᵗ.
-
-    terms: 0 for the exact transform, else the number of terms of the series, which approximates that of −S.
-    """
+def cayley(skew):
+    """(I − S)(I + S)⁻¹ of skew-symmetric S ``[..., b, b]``: exactly orthogonal."""
     eye = jnp.eye(skew.shape[-1], dtype=skew.dtype)
-    if not terms:
-        return jnp.linalg.solve(eye + skew, jnp.broadcast_to(eye, skew.shape) - skew)
-    out, power = jnp.broadcast_to(eye, skew.shape), skew
-    for last in (t == terms - 1 for t in range(1, terms)):
-        out = out + (1 if last and terms > 2 else 2) * power
+    return jnp.linalg.solve(eye + skew, jnp.broadcast_to(eye, skew.shape) - skew)
+
+
+def coefficients(terms):
+    """Those of I + 2S + 2S² + … + Sᵗ⁻¹, OFTv2's approximation of the transform of −S."""
+    return np.asarray([1, *[2] * (terms - 2), 1 if terms > 2 else 2], np.float32)
+
+
+def power_series(skew, series):
+    """Σ_t c_t Sᵗ; S ``[..., b, b]``, c ``[..., t]``."""
+    out, power = series[..., :1, None] * jnp.eye(skew.shape[-1], dtype=skew.dtype), skew
+    for t in range(1, series.shape[-1]):
+        out = out + series[..., t, None, None] * power
         power = jnp.matmul(power, skew, precision="highest")
     return out
 
@@ -35,7 +41,6 @@ class Rotated(Kernel):
 
     base: jax.Array | Kernel
     skew: jax.Array
-    terms: int = struct.field(pytree_node=False, default=0)
 
     trainable = ("skew",)
 
@@ -43,14 +48,27 @@ class Rotated(Kernel):
         """R's blocks ``[..., d_in / b, b, b]``, float32; of one shared block ``[..., 1, b, b]``."""
         b = side(self.skew.shape[-1])
         upper = jnp.zeros((*self.skew.shape[:-1], b, b), self.skew.dtype)
-        upper = upper.at[(..., *jnp.triu_indices(b, 1))].set(self.skew)
-        return cayley(upper - jnp.swapaxes(upper, -1, -2), self.terms)
+        upper = upper.at[(..., *np.triu_indices(b, 1))].set(self.skew)
+        return self._rotation(upper - jnp.swapaxes(upper, -1, -2))
+
+    def _rotation(self, skew):
+        return cayley(skew)
 
     def dot(self, x):
         return dot(self.base, _rotate(x, self.blocks()))
 
     def dense(self):
         return _rotate_rows(self.blocks(), dense(self.base))
+
+
+@struct.dataclass
+class RotatedBySeries(Rotated):
+    """`Rotated` with Σ_t c_t Sᵗ in the place of the Cayley transform; c ``series [..., t]``, frozen."""
+
+    series: jax.Array
+
+    def _rotation(self, skew):
+        return power_series(skew, self.series[..., None, :])
 
 
 def side(count):
@@ -133,7 +151,10 @@ def oft(w, rng, *, block=32, share=False, terms=0):
     if terms < 0 or terms == 1:
         raise UserError(f"oft: a series of {terms} terms holds no rotation; 0 is the exact transform, 5 is usual")
     count = block * (block - 1) // 2
-    return Rotated(w, jnp.zeros((*stack, 1 if share else d_in // block, count), jnp.float32), terms)
+    skew = jnp.zeros((*stack, 1 if share else d_in // block, count), jnp.float32)
+    if not terms:
+        return Rotated(w, skew)
+    return RotatedBySeries(w, skew, jnp.broadcast_to(coefficients(terms), (*stack, terms)))
 
 
 @register("kernel", "boft", paper="arXiv:2311.06243")

@@ -1,5 +1,7 @@
 """Trees with kernels for tests: any registered kernel on small random matrices, away from its start."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,7 @@ def put(params, text, seed=0, fit=True):
     )  # fmt: skip
 
 
+@functools.cache
 def adapted(*names, shape=(D_IN, D_OUT), seed=0):
     """``{"w": {"kernel": …}}`` with one kernel after the other put around a random matrix."""
     params = {"w": {"kernel": matrix(*shape)}}
