@@ -127,7 +127,7 @@ def test_only_declared_fields_get_gradients_and_optimiser_state(names):
     assert not np.array_equal(tree.join(after, frozen)["w"]["kernel"].dense(), kernel.dense())
 
 
-WIDTHS = [(768, 3072), (3072, 768)] * 2
+WIDTHS = [(768, 3072), (3072, 768)] * 6  # the stack that the counts in the design are of
 
 
 def mlp(params, x, multiply=kernels.dot):
