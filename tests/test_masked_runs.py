@@ -128,7 +128,7 @@ def test_scores_are_means_over_examples_in_numpy(home):
     cfg = train.ready(config(home, "rules", model={"path": str(home / "bert"), "head": "classification", "dropout": True}))
     parts = train.prepare(cfg)
     trainable, frozen = tree.split(parts["params"], parts["mask"])
-    batch = next(pipeline.batches(parts["data"]["train"], 8, cfg["seed"]))
+    batch = next(iter(pipeline.batches(parts["data"]["train"], 8, cfg["seed"])))
     one = jax.jit(lambda row: jax.grad(lambda t: parts["objective"](tree.join(t, frozen), row, None)[0])(trainable))
     single = [tree.flatten(one({k: v[i : i + 1] for k, v in batch.items()})) for i in range(8)]
     found = {kind: importance.of_config(cfg, kind, 8) for kind in ("gradient", "fisher")}

@@ -126,7 +126,8 @@ def test_ln_tuning_trains_what_peft_trains(family, task, auto, tmp_path):
     folders.make_model_folder(tmp_path, family, "classification" if family == "bert" else "lm")
     model, params = hf.load(tmp_path, **({"head": "classification", "num_labels": 2} if family == "bert" else {"head": "lm"}))
     mask = tree.flatten(registry.call("mask", "ln_tuning", params, 0))
-    theirs = hf_peft.get_peft_model(auto.from_pretrained(tmp_path), hf_peft.LNTuningConfig(task_type=task)).eval()
+    chosen = hf_peft.LNTuningConfig(task_type=task, target_modules=["LayerNorm"] if family == "bert" else None)
+    theirs = hf_peft.get_peft_model(auto.from_pretrained(tmp_path), chosen).eval()
     trained = {n for n, p in theirs.named_parameters() if p.requires_grad}
     wanted = set()
     for path, name in models.names(model.config).items():
