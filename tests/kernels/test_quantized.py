@@ -241,3 +241,12 @@ def test_what_cannot_be_packed_or_paid_is_said():
         quantized.allocate_bits(quantized.error_table(params, ".*", ["nf(bits=2)"]), 1.5)
     with pytest.raises(UserError, match=r"w/kernel: 'lora\(rank=2\)' quantises nothing"):
         quantized.error_table(params, ".*", ["lora(rank=2)"])
+
+
+def test_a_config_names_qlora_in_one_word():
+    from configs.train import get_config
+
+    rule = "lora(rank=4,alpha=8) @ nf4(block=32)"
+    cfg = get_config(f"method={rule}")
+    assert [tuple(r) for r in cfg.method.kernels] == [(r"layers/(attn|mlp)/\w+/kernel", rule)]
+    assert cfg.optimizer.learning_rate == get_config("method=lora").optimizer.learning_rate
