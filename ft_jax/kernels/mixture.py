@@ -1,7 +1,7 @@
 """Kernels that hold several adapters: chosen by task or example (banks, skills), or weighed by the input (experts).
 
 Which adapters the rows of a batch take is data in the tree: `route` puts it there, as a pure function.
-Einsum letters: b row of the batch, i input, o output, r rank, e expert, q split, s skill, d numbers of a split.
+Einsum letters: b row of the batch, i input, o output, r rank, e expert, s skill, d numbers of a split.
 """
 
 import jax
@@ -92,10 +92,11 @@ class Skills(Routed):
 
     def mixed(self, shares):
         """A ``[..., d_in, r]`` and B ``[..., r, d_out]`` of ``shares [..., q, s]`` of the skills."""
-        a = jnp.einsum("...qs,qsdr->...qdr", shares, self.a, precision="highest")
-        b = jnp.einsum("...qs,qsrd->...rqd", shares, self.b, precision="highest")
-        *rows, q, d, r = a.shape
-        return a.reshape(*rows, q * d, r), b.reshape(*rows, r, -1)
+        parts = range(shares.shape[-2])
+        # Split by split: XLA's partitioner gave a sharded reshape of all splits at once other numbers (jax 0.10.2).
+        a = [jnp.einsum("...s,sdr->...dr", shares[..., q, :], self.a[q], precision="highest") for q in parts]
+        b = [jnp.einsum("...s,srd->...rd", shares[..., q, :], self.b[q], precision="highest") for q in parts]
+        return jnp.concatenate(a, -2), jnp.concatenate(b, -1)
 
 
 @struct.dataclass
