@@ -2,7 +2,9 @@
 
 model:  an asset name, a local folder, a .gguf file or hf:org/name
 data:   a bundled source (imdb, bbc, rte, winogrande, …), a .jsonl/.csv/.parquet file, tfds:NAME, procedural:NAME(…)
-method: full, lora, rslora, bitfit, head; with hyper-parameters as lora(rank=4,alpha=8)
+method: full, layers, head, or a kernel, a mask or an update by name, with hyper-parameters as lora(rank=4,alpha=8).
+        Joined by +, at most one kernel, any masks (all must keep a weight; a|b: either), at most one update:
+        lora+lisa(n=1)+layerwise_decay(decay=0.9)
 objective: classification (default for encoders' data with labels), causal_lm, mlm
 prompt: encoder or decoder: classification of a bundled task by its label words (model.head=label_words), no new weights
 
@@ -14,6 +16,7 @@ import re
 
 from ml_collections import ConfigDict
 
+from ft_jax import masks, registry, updates
 from ft_jax.data import pipeline, tasks, templates
 from ft_jax.errors import UserError, nearest
 from ft_jax.kernels import parse_rule
@@ -21,27 +24,48 @@ from ft_jax.train import DEFAULTS
 
 LINEAR = r"layers/(attn|mlp)/\w+/kernel"  # every linear layer but embeddings and heads
 METHODS = {
-    "full": {"trainable": ()},
+    "full": {},
     "layers": {"trainable": (("layers/.*", True),)},  # every layer weight; embeddings and head frozen
     "head": {"trainable": (("(head|pooler)/.*", True),)},
-    "bitfit": {"mask": "bitfit"},
 }
+CLAIMS = {  # what two methods of a kind would fight over
+    "preset": "say which leaves train", "kernel": "take the same matrices", "update": "are the optimiser",
+    "mask": "are the same mask",
+}  # fmt: skip
 HEADS = {"classification": "classification", "causal_lm": "lm", "mlm": "mlm"}
 
 
-def method(text):
-    """The ``method`` group for a name: a row of METHODS, or a kernel on every linear layer."""
-    name, hp = parse_rule(text)
-    if name in METHODS and not hp:
-        return {"name": text, **METHODS[name]}
+def _kind(name, hp):
+    """What a method's name stands for: ``preset`` (a row of METHODS), ``kernel``, ``mask`` or ``update``."""
     if name in METHODS:
-        raise UserError(f"method {name!r} takes no parameters, got {sorted(hp)}")
-    from ft_jax import registry
+        if hp:
+            raise UserError(f"method {name!r} takes no parameters, got {sorted(hp)}")
+        return "preset"
+    known = {m.name: m.kind for kind in ("update", "mask", "kernel") for m in registry.methods(kind)}
+    if name not in known:
+        raise UserError(f"no method called {name!r}{nearest(name, [*METHODS, *known])}")
+    return known[name]
 
-    kernels = [m.name for m in registry.methods("kernel")]
-    if name not in kernels:
-        raise UserError(f"no method called {name!r}{nearest(name, [*METHODS, *kernels])}")
-    return {"name": text, "kernels": ((LINEAR, text),)}
+
+def method(text):
+    """``(method group, optimizer group)`` of names joined by ``+``: presets, a kernel on every linear layer, masks, an update."""
+    group, optimizer, single, parts = {"name": text, "mask": []}, {}, {}, masks.split_outside(text, "+")
+    for part in parts:
+        name, hp = parse_rule(masks.split_outside(part, "|")[0])
+        kind = _kind(name, hp)
+        other = name if kind == "mask" else single.setdefault(kind, name)
+        if other != name or parts.count(part) > 1:
+            raise UserError(f"method {text!r}: {other!r} and {name!r} both {CLAIMS[kind]}; give one of them")
+        if kind == "preset":
+            group |= METHODS[name]
+        elif kind == "kernel":
+            group["kernels"] = ((LINEAR, part.strip()),)
+        elif kind == "mask":
+            group["mask"].append(part.strip())
+        else:
+            clip = 0.0 if name in updates.PRIVATE else DEFAULTS["optimizer"]["clip"]
+            optimizer = {"name": name, "hp": hp, "clip": clip}
+    return group | {"mask": "+".join(group["mask"]) or "rules"}, optimizer
 
 
 def get_config(arg=""):
@@ -55,9 +79,10 @@ def get_config(arg=""):
     cfg.objective = options["objective"]
     cfg.model.path = options["model"]
     cfg.model.head = HEADS.get(cfg.objective, "")
-    cfg.method = ConfigDict(DEFAULTS["method"] | method(options["method"]))
+    group, optimizer = method(options["method"])
+    cfg.method = ConfigDict(DEFAULTS["method"] | group)
     adapted = bool(cfg.method.kernels)
-    cfg.optimizer.learning_rate = 2e-4 if adapted else 2e-5
+    cfg.optimizer.update({"learning_rate": 2e-4 if adapted else 2e-5, **optimizer})
     cfg.data = ConfigDict(pipeline.DEFAULTS)
     cfg.data.source = options["data"]
     cfg.data.num_labels = 2

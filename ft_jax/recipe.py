@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ft_jax import kernels, masks, registry, taps, tree
+from ft_jax import kernels, masks, taps, tree
 from ft_jax.errors import UserError
 from ft_jax.io import hf
 from ft_jax.models import Model
@@ -76,6 +76,7 @@ def build(recipe, base=None, dry=False):
     check_base(spec["path"], base.fingerprint, recipe.get("fingerprint", base.fingerprint))
 
     def attach(params):
+        params = _redraw(base.model, params, method.get("reinit_layers", 0), jax.random.fold_in(base_key, 1))
         params = masks.split_layers(params, method.get("freeze_layers", 0))
         params = taps.attach(base.model, params, method.get("taps") or (), keys[0])
         return kernels.adapt(params, method.get("kernels") or (), keys[1])
@@ -84,9 +85,26 @@ def build(recipe, base=None, dry=False):
     return base.model, params, _mask(params, spec, method, base.drawn), base.fingerprint
 
 
+def _redraw(model, params, layers, rng):
+    """Draws the top ``layers`` anew, and a pooler with them, as before pre-training (arXiv:2006.05987)."""
+    total = jax.tree.leaves(params["layers"])[0].shape[0]
+    if layers > total:
+        raise UserError(f"method.reinit_layers is {layers}, and the model has {total} layers")
+    if not layers:
+        return params
+    fresh = model.init(rng)
+    top = jax.tree.map(lambda x, new: jnp.concatenate([x[: total - layers], new[total - layers :]]),
+                       params["layers"], fresh["layers"])  # fmt: skip
+    return {**params, "layers": top} | {k: fresh[k] for k in ("pooler",) if k in params}
+
+
 def _mask(params, spec, method, drawn):
-    hp = {"trainable": method["trainable"]} if method.get("trainable") else {}
-    mask = registry.call("mask", method.get("mask", "rules"), params, 0, **hp)
+    text, rules = method.get("mask", "rules"), method.get("trainable") or ()
+    mask = masks.whole(params, text, rules)
+    added = jax.tree.leaves(masks.declared(params, 0))
+    if any(added) and not any(m and a for m, a in zip(jax.tree.leaves(mask), added, strict=True)):
+        raise UserError(f"nothing of the method's kernels and taps trains: mask {text!r} with the rules {list(rules)} "
+                        "freezes all that they add; two methods want the same leaves")
     if not any(jax.tree.leaves(mask)):
         raise UserError(f"nothing trains: the rules {method.get('trainable')} leave every leaf frozen")
     if drawn and not any(trains for p, trains in tree.flatten(mask).items() if p in drawn):

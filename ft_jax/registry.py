@@ -11,7 +11,7 @@ from ft_jax.errors import UserError, nearest
 KINDS = {
     "kernel": "(w, rng, **hp) -> Kernel",
     "tap": "(site, shape, rng, **hp) -> Tap",
-    "mask": "(params, step, **hp) -> tree of bool",
+    "mask": "(params, step, **hp) -> tree of bool, of arrays or of row indices",
     "update": "(**hp) -> optax.GradientTransformation",
     "objective": "(apply, params, batch, rng) -> (loss, metrics)",
     "selector": "(scores or features, budget) -> indices or weights",
@@ -19,6 +19,19 @@ KINDS = {
     "edit": "(params, requests, **hp) -> params",
     "decode": "(logits of one or more models, state) -> logits",
     "analysis": "(base, tuned, **hp) -> {name: array}",
+}
+
+# What the contract test of a kind has to know of a method and cannot see: trait -> default, given to ``register``.
+TRAITS = {
+    "kernel": {
+        "start": "exact",  # W bit for bit; "rounded": up to float32's rounding; "moved": another matrix
+        "plain": False,  # takes a matrix apart and cannot stand around another kernel
+        "needs": (),  # keyword arguments that are data, such as covariances
+        "fit": {},  # hyper-parameters that fit a 24x16 matrix, where the defaults do not
+        "flops": 0.75,  # the compiled step's share of that of full fine-tuning stays below this
+    },
+    "mask": {"gate": False},  # picks within the leaves that train (ft_jax/masks), and is no tree of bool
+    "update": {"whole": False},  # sees the tree as a whole: no mask that draws layers anew goes with it
 }
 
 _PLAIN = (bool, int, float, str)
@@ -30,6 +43,7 @@ class Method:
     name: str
     fn: Callable
     paper: str
+    traits: dict = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def summary(self):
@@ -48,8 +62,11 @@ class Method:
 _METHODS: dict[tuple[str, str], Method] = {}
 
 
-def register(kind, name, *, paper):
-    """Enters a function under ``kind`` and ``name``; duplicates, unknown kinds and missing docstrings raise."""
+def register(kind, name, *, paper, **traits):
+    """Enters a function under ``kind`` and ``name``; traits: see ``TRAITS``.
+
+    Duplicates, unknown kinds or traits and missing docstrings raise ValueError.
+    """
 
     def enter(fn):
         if kind not in KINDS:
@@ -58,9 +75,13 @@ def register(kind, name, *, paper):
             raise ValueError(
                 f"{kind} {name!r} is registered twice: {_METHODS[kind, name].fn.__module__} and {fn.__module__}"
             )
+        known = TRAITS.get(kind, {})
+        for trait in traits:
+            if trait not in known:
+                raise ValueError(f"{kind} {name!r}: no trait {trait!r}{nearest(trait, known)}")
         if not inspect.getdoc(fn):
             raise ValueError(f"{kind} {name!r} has no docstring")
-        _METHODS[kind, name] = Method(kind, name, fn, paper)
+        _METHODS[kind, name] = Method(kind, name, fn, paper, known | traits)
         return fn
 
     return enter

@@ -25,7 +25,8 @@ DEFAULTS = {
     "model": {"path": "minilm", "head": "", "num_labels": 0, "label_ids": (), "dtype": "float32", "remat": "none",
               "dropout": True},
     "data": {},
-    "method": {"name": "full", "kernels": (), "taps": (), "mask": "rules", "trainable": (), "freeze_layers": 0},
+    "method": {"name": "full", "kernels": (), "taps": (), "mask": "rules", "trainable": (), "freeze_layers": 0,
+               "reinit_layers": 0},
     "optimizer": {"name": "adamw", "learning_rate": 1e-5, "schedule": "linear", "warmup": 0.06, "clip": 1.0, "hp": {}},
     "eval": {"every": 50, "batch_size": 32, "metric": "loss", "patience": 0},
     "save": {"every": 100, "keep": 2},
@@ -37,7 +38,7 @@ OBJECTIVE_HEADS = {
 }  # fmt: skip
 POSITIVE = ("steps", "batch_size", "accumulate", "eval.batch_size", "save.every", "save.keep", "log.every")
 NOT_NEGATIVE = (
-    "seed", "model.num_labels", "method.freeze_layers", "eval.every", "eval.patience",
+    "seed", "model.num_labels", "method.freeze_layers", "method.reinit_layers", "eval.every", "eval.patience",
     "optimizer.learning_rate", "optimizer.warmup", "optimizer.clip",
 )  # fmt: skip
 
@@ -114,6 +115,7 @@ def make_objective(cfg, model, tok):
 
 def make_step(objective, tx, accumulate, seed):
     """``step(state, frozen, batch) -> (state, metrics)``; the batch is cut into ``accumulate`` micro-batches."""
+    tx = optax.with_extra_args_support(tx)
 
     def loss_fn(trainable, frozen, batch, rng):
         return objective(tree.join(trainable, frozen), batch, rng)
@@ -121,24 +123,44 @@ def make_step(objective, tx, accumulate, seed):
     def step(state, frozen, batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         micro = jax.tree.map(lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch)
+        keys = rng[None] if accumulate == 1 else jax.random.split(rng, accumulate)
 
-        def one(total, xs):
-            part, key = xs
-            (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable, frozen, part, key)
-            weight = metrics.pop("weight")
-            weighted = jax.tree.map(lambda x: x * weight, (grads, metrics))
-            return jax.tree.map(jnp.add, total, (*weighted, weight)), None
+        def total(part):
+            """The sum of ``part(micro-batch, its key)``."""
+            first = jax.tree.map(lambda x: x[0], (micro, keys))
+            if accumulate == 1:
+                return part(*first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, *first))
+            sums, _ = jax.lax.scan(lambda s, xs: (jax.tree.map(jnp.add, s, part(*xs)), None), zeros, (micro, keys))
+            return sums
 
-        first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(loss_fn, state.trainable, frozen, first, rng)[1]
-        zeros = {k: jnp.zeros(v.shape, v.dtype) for k, v in shapes.items() if k != "weight"}
-        start = (jax.tree.map(jnp.zeros_like, state.trainable), zeros, jnp.zeros(()))
-        if accumulate == 1:
-            (grads, metrics, weight), _ = one(start, (first, rng))
-        else:
-            (grads, metrics, weight), _ = jax.lax.scan(one, start, (micro, jax.random.split(rng, accumulate)))
-        grads, metrics = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), (grads, metrics))
-        moves, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        def at(trainable):
+            """(gradient, metrics, weight) of the batch at these weights."""
+
+            def part(rows, key):
+                (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable, frozen, rows, key)
+                weight = metrics.pop("weight")
+                return *jax.tree.map(lambda x: x * weight, (grads, metrics)), weight
+
+            grads, metrics, weight = total(part)
+            return *jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-9), (grads, metrics)), weight
+
+        def each(fn):
+            """(Σ fn(gradient of one example), number of examples)."""
+
+            def one(row, key):
+                row = jax.tree.map(lambda x: x[None], row)
+                return fn(jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, row, key)[0])
+
+            def part(rows, key):
+                found = jax.vmap(one)(rows, jax.random.split(key, size // accumulate))
+                return jax.tree.map(lambda x: x.sum(0), found)
+
+            size = jax.tree.leaves(batch)[0].shape[0]
+            return total(part), size
+
+        grads, metrics, weight = at(state.trainable)
+        moves, opt_state = tx.update(grads, state.opt_state, state.trainable, grad_fn=lambda p, i: at(p)[0], each=each)
         new = TrainState(state.step + 1, optax.apply_updates(state.trainable, moves), opt_state)
         return new, metrics | {"grad_norm": optax.global_norm(grads), "weight": weight}
 
@@ -208,20 +230,28 @@ class Clock:
         return time.perf_counter() - self._start
 
 
-def open_run(cfg, workdir, spare=0):
-    """``(completed config, Run)``, keeping ``spare`` checkpoints more than asked; nothing is loaded or written yet."""
+def ready(cfg):
+    """The config as a run has it: completed, and with what its data say filled in."""
     cfg = complete(cfg)
     if cfg["objective"] == "classification" and not cfg["model"]["num_labels"]:
         cfg["model"]["num_labels"] = cfg["data"]["num_labels"]
     prompts.fill(cfg)
+    return cfg
+
+
+def open_run(cfg, workdir, spare=0):
+    """``(ready config, Run)``, keeping ``spare`` checkpoints more than asked; nothing is loaded or written yet."""
+    cfg = ready(cfg)
     return cfg, Run(workdir, cfg, keep=cfg["save"]["keep"] + spare, tensorboard=cfg["log"]["tensorboard"])
 
 
 def optimizer(cfg, learning_rate):
     """``(optax transformation, schedule)`` of a config with another peak ``learning_rate``, which may be traced."""
     opt = cfg["optimizer"]
+    if own := {"learning_rate", "warmup", "clip", "steps", "mask", "schedule_name"} & opt["hp"].keys():
+        raise UserError(f"optimizer.hp holds {min(own)!r}, which is no parameter of an update; known: {', '.join(opt)}")
     return updates.build(opt["name"], learning_rate=learning_rate, steps=cfg["steps"], schedule_name=opt["schedule"],
-                         warmup=opt["warmup"], clip=opt["clip"], **opt["hp"])  # fmt: skip
+                         warmup=opt["warmup"], clip=opt["clip"], mask=cfg["method"]["mask"], **opt["hp"])  # fmt: skip
 
 
 def prepare(cfg, base=None, dry=False):
@@ -333,6 +363,7 @@ def _train(cfg, run, parts, label):
                 break
 
     summary = summarise(run, state, frozen, best, clock)
+    summary |= updates.spent(cfg["optimizer"], cfg["batch_size"], len(data["train"]), summary["steps"])
     run.finish(summary)
     return summary
 

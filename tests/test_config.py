@@ -13,6 +13,7 @@ from tests.helpers import make_model, make_objective
 
 config = importlib.import_module("configs.train")
 KERNELS = [m.name for m in registry.methods("kernel")]
+MASKS, UPDATES = ([m.name for m in registry.methods(kind)] for kind in ("mask", "update"))
 
 
 def test_defaults_fill_in_and_completing_twice_changes_nothing():
@@ -49,7 +50,7 @@ def test_defaults_fill_in_and_completing_twice_changes_nothing():
         *[({a: {b: 0}}, [f"'{a}.{b}' is 0", "at least 1"])
           for a, b in (("eval", "batch_size"), ("save", "every"), ("save", "keep"), ("log", "every"))],
         *[({a: {b: -1}}, [f"'{a}.{b}' is -1", "negative"])
-          for a, b in (("model", "num_labels"), ("method", "freeze_layers"), ("eval", "every"), ("eval", "patience"),
+          for a, b in (("model", "num_labels"), ("method", "freeze_layers"), ("method", "reinit_layers"), ("eval", "every"), ("eval", "patience"),
                        ("optimizer", "learning_rate"), ("optimizer", "warmup"), ("optimizer", "clip"))],
     ],
     ids=lambda x: json.dumps(x) if isinstance(x, dict) else "",
@@ -80,6 +81,15 @@ def test_a_wrong_config_is_one_line_that_names_the_key(cfg, words):
         ("data=cb,prompt=encoder", {"data/num_labels": 3, "data/pair_field": "", "model/head": "label_words",
                                     "data/template": "{text} ? [MASK] , {pair}", "data/label_words": ("Yes", "No", "Maybe")}),
         ("method=bitfit,objective=mlm", {"method/mask": "bitfit", "model/head": "mlm"}),
+        ("method=lora(rank=2)+lisa(n=1,period=5)+layerwise_decay(decay=0.9)",
+         {"method/kernels": [[config.LINEAR, "lora(rank=2)"]], "method/mask": "lisa(n=1,period=5)",
+          "optimizer/name": "layerwise_decay", "optimizer/hp/decay": 0.9, "optimizer/learning_rate": 2e-4, "optimizer/clip": 1.0}),
+        ("method=layers+random(share=0.1)|magnitude(share=0.1)+hft",
+         {"method/trainable": [["layers/.*", True]], "method/mask": "random(share=0.1)|magnitude(share=0.1)+hft",
+          "method/kernels": [], "optimizer/name": "adamw"}),
+        ("method=sam(rho=0.1)", {"method/mask": "rules", "optimizer/name": "sam", "optimizer/hp/rho": 0.1,
+                                 "optimizer/learning_rate": 2e-5}),
+        ("method=lora+dp_adamw(noise=0.5)", {"optimizer/name": "dp_adamw", "optimizer/clip": 0.0, "optimizer/hp/noise": 0.5}),
     ],
 )  # fmt: skip
 def test_config_strings(text, expected):
@@ -97,6 +107,13 @@ def test_config_strings(text, expected):
         ("method=full(rank=2)", ["method 'full' takes no parameters", "rank"]),
         ("method=lora(rank=4", ["cannot read the method"]),
         ("method=lora(4)", ["cannot read '4'"]),
+        ("method=lora+rslora", ["'lora' and 'rslora' both take the same matrices"]),
+        ("method=lora+lora", ["'lora' and 'lora' both take the same matrices"]),
+        ("method=sam+lion", ["'sam' and 'lion' both are the optimiser"]),
+        ("method=head+layers", ["'head' and 'layers' both say which leaves train"]),
+        ("method=lisa+lisa", ["'lisa' and 'lisa' both are the same mask"]),
+        ("method=lora+lsia", ["no method called 'lsia'", "nearest: 'lisa'"]),
+        ("method=lora+", ["cannot read the method"]),
         ("data=bcb,prompt=decoder", ["no prompt for the data 'bcb'", "nearest: 'cb'"]),
         ("data=bbc,prompt=decodr", ["an encoder or a decoder, not for 'decodr'"]),
         ("data=bbc,prompt=decoder,objective=causal_lm", ["prompt=decoder is for classification"]),
@@ -106,6 +123,26 @@ def test_a_wrong_config_string_is_one_line_with_the_nearest(text, words):
     with pytest.raises(UserError) as error:
         config.get_config(text)
     assert all(w in str(error.value) for w in words) and "\n" not in str(error.value), str(error.value)
+
+
+def test_a_name_means_one_thing():
+    names = [*config.METHODS, *KERNELS, *MASKS, *UPDATES]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", [*MASKS, *UPDATES])
+def test_masks_and_updates_are_methods_by_name(name):
+    cfg = train.complete(config.get_config(f"method={name}"))
+    if name in MASKS:
+        assert cfg["method"]["mask"] == name and cfg["optimizer"] == train.complete(config.get_config())["optimizer"]
+    else:
+        assert cfg["optimizer"]["name"] == name and cfg["method"]["mask"] == "rules"
+
+
+def test_what_the_config_sets_is_no_hyper_parameter():
+    cfg = train.complete({"optimizer": {"hp": {"learning_rate": 1.0}}})
+    with pytest.raises(UserError, match="optimizer.hp holds 'learning_rate', which is no parameter of an update"):
+        train.optimizer(cfg, 1e-3)
 
 
 @pytest.mark.parametrize("name", [*config.METHODS, *KERNELS])

@@ -12,7 +12,7 @@ from ft_jax import kernels, masks, registry, taps, tree
 from ft_jax.errors import UserError
 from tests.helpers import assert_trees_close, inputs, make_batch, make_model, make_params, step_flops
 
-MASKS = [m.name for m in registry.methods("mask")]
+MASKS = [m.name for m in registry.methods("mask") if not m.traits["gate"]]  # gates: tests/test_schedules.py
 LORA = [(r"layers/attn/[qv]/kernel", "lora(rank=2)")]
 
 
@@ -99,6 +99,30 @@ def test_bitfit_trains_biases_and_the_head():
     params = params_of("plain")
     expected = {p for p in tree.flatten(params) if p.split("/")[-1] == "bias"} | {"head/kernel"}
     assert trained("bitfit", params) == expected and "layers/mlp/up/bias" in expected
+
+
+@pytest.mark.parametrize("shape", ["plain", "split"])
+def test_ln_tuning_trains_norms_and_the_head(shape):
+    params = params_of(shape)
+    below = ("frozen_layers/", "embed/") if shape == "split" else ()
+    norms = {f"{owner}/{leaf}" for owner in ("embed/norm", "layers/attn_norm", "layers/mlp_norm") for leaf in ("scale", "bias")}
+    assert trained("ln_tuning", params) == {p for p in norms if not p.startswith(below)} | {"head/kernel", "head/bias"}
+
+
+def test_whole_masks_are_met_and_united():
+    params = params_of("plain")
+    marks = {m: trained(m, params) for m in ("bitfit", "ln_tuning")}
+
+    def found(text, trainable=()):
+        return {p for p, m in tree.flatten(masks.whole(params, text, trainable)).items() if m}
+
+    assert found("bitfit+ln_tuning") == marks["bitfit"] & marks["ln_tuning"]
+    assert found("bitfit|ln_tuning") == marks["bitfit"] | marks["ln_tuning"]
+    assert found("bitfit+lisa(n=1)+random") == marks["bitfit"]
+    assert found("lisa") == found("rules") == set(tree.flatten(params))
+    layers = [("layers/.*", True)]
+    assert found("bitfit", layers) == {p for p in marks["bitfit"] if p.startswith("layers/")}
+    assert found("rules", layers) == found("hft", layers) == {p for p in tree.flatten(params) if p.startswith("layers/")}
 
 
 def test_a_rule_that_matches_nothing_names_the_nearest():

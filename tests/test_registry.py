@@ -40,6 +40,13 @@ def test_duplicates_unknown_kinds_and_missing_docstrings_raise(register):
         register("kernal", "x", paper="none")(_documented)
     with pytest.raises(ValueError, match="merge 'bare' has no docstring"):
         register("merge", "bare", paper="none")(lambda: None)
+    with pytest.raises(ValueError, match="kernel 'odd': no trait 'plane'; nearest: 'plain'"):
+        register("kernel", "odd", paper="none", plane=True)(_documented)
+
+
+def test_traits_have_defaults(register):
+    register("kernel", "odd", paper="none", plain=True)(_documented)
+    assert registry.get("kernel", "odd").traits == registry.TRAITS["kernel"] | {"plain": True}
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,14 @@ import pytest
 
 from ft_jax import kernels, registry, train, tree, updates
 from ft_jax.errors import UserError
+from ft_jax.io import hf
+from tests import gate_trees
 from tests.helpers import assert_trees_close, make_batch, make_model, make_objective, make_params
 
-UPDATES = [m.name for m in registry.methods("update")]
-START = {"a": jnp.linspace(-1, 1, 6).reshape(2, 3), "frozen": None, "w": {"b": jnp.asarray([2.0, -3.0])}}
-CURVES = {"a": jnp.linspace(0.5, 4, 6).reshape(2, 3), "frozen": None, "w": {"b": jnp.asarray([1.0, 0.2])}}
+UPDATES = [m.name for m in registry.methods("update") if m.name != "drift"]  # which needs another model: see below
+START = {"a": jnp.linspace(-1, 1, 6).reshape(2, 3), "frozen": None, "w": {"b": jnp.asarray([[2.0], [-3.0]])}}
+CURVES = {"a": jnp.linspace(0.5, 4, 6).reshape(2, 3), "frozen": None, "w": {"b": jnp.asarray([[1.0], [0.2]])}}
+EXAMPLES = 64
 
 
 def quadratic(params):
@@ -25,10 +28,16 @@ def quadratic(params):
 def run(tx, steps, params=START):
     """Losses before each step and after the last one, and the last parameters."""
 
+    tx = optax.with_extra_args_support(tx)
+
     @jax.jit
     def step(params, state):
         loss, grads = jax.value_and_grad(quadratic)(params)
-        moves, state = tx.update(grads, state, params)
+
+        def each(fn):  # as many examples of one kind, so that their mean is the gradient
+            return jax.tree.map(lambda g: EXAMPLES * g, fn(grads)), EXAMPLES
+
+        moves, state = tx.update(grads, state, params, grad_fn=lambda p, i: jax.grad(quadratic)(p), each=each)
         return optax.apply_updates(params, moves), state, loss
 
     state, losses = tx.init(params), []
@@ -87,6 +96,119 @@ def test_lora_plus_is_adamw_with_a_faster_b():
         np.testing.assert_allclose(moves["w"]["kernel"]["b"], ratio * plain["w"]["kernel"]["b"], rtol=1e-6)
     with pytest.raises(UserError, match="'lora_plus' is for low-rank kernels"):
         registry.call("update", "lora_plus").init({"w": {"kernel": jnp.ones(3)}})
+
+
+def test_layerwise_decay_is_adamw_with_a_rate_for_each_layer():
+    """Head 1, top layer decay, lowest layer decay^L, embeddings decay^(L + 1), weight decay included."""
+    params, hp = gate_trees.make(), {"learning_rate": 0.1, "weight_decay": 0.1}
+    grads = jax.grad(gate_trees.loss)(params)
+    one, slow = registry.call("update", "adamw", **hp), registry.call("update", "layerwise_decay", **hp, decay=0.7)
+    plain, _ = one.update(grads, one.init(params), params)
+    moves, _ = slow.update(grads, slow.init(params), params)
+    count = gate_trees.LAYERS
+    for path, x in tree.flatten(plain).items():
+        if path.startswith("layers/"):
+            factor = (0.7 ** np.arange(count, 0, -1)).reshape(-1, *[1] * (x.ndim - 1))
+        else:
+            factor = {"head": 1.0, "embed": 0.7 ** (count + 1)}[path.split("/")[0]]
+        np.testing.assert_allclose(tree.flatten(moves)[path], factor * np.asarray(x), rtol=1e-5, err_msg=path)
+    with pytest.raises(UserError, match="decay is 1.5"):
+        registry.call("update", "layerwise_decay", decay=1.5)
+
+
+def test_allora_scales_gradients_by_the_size_of_their_rows():
+    """SGD-like first step of Adam hides a scale, so the second moment is read: nu = (1 - b2) (g · factor)²."""
+    rng = np.random.default_rng(0)
+    kernel = {"a": rng.standard_normal((3, 5, 2)), "b": rng.standard_normal((3, 2, 4)), "bias": rng.standard_normal(4)}
+    params = {"w": jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), kernel)}
+    grads = jax.tree.map(lambda x: jnp.cos(3 * x), params)
+    tx = registry.call("update", "allora", eta=2.0, b2=0.9)
+    _, state = tx.update(grads, tx.init(params), params)
+    second = {p.split("/")[-1]: x for p, x in tree.flatten(state).items() if "/nu/" in p}
+    rows = {"a": np.sqrt((kernel["a"] ** 2).sum(-1, keepdims=True)), "b": np.sqrt((kernel["b"] ** 2).sum(-2, keepdims=True))}
+    for name, x in grads["w"].items():
+        factor = (rows[name] + 1 / 2.0**2) ** -0.5 if name in rows else 1.0
+        np.testing.assert_allclose(second[name], 0.1 * (np.asarray(x) * factor) ** 2, rtol=1e-4)
+    with pytest.raises(UserError, match="'allora' is for low-rank kernels"):
+        registry.call("update", "allora").init({"w": {"kernel": jnp.ones(3)}})
+
+
+def test_sam_takes_the_gradient_at_the_top_of_the_ball():
+    """Numpy: g at θ + rho g/‖g‖, then Adam's first step, whose second moment shows which gradient it was."""
+    theta, curve, rho = np.asarray([1.0, -0.5, 2.0]), np.asarray([0.3, 2.0, 1.0]), 0.4
+    tx = registry.call("update", "sam", learning_rate=0.1, rho=rho, b2=0.5)
+    x = jnp.asarray(theta, jnp.float32)
+    moves, state = tx.update(x * curve, tx.init(x), x, grad_fn=lambda p, i: p * curve)
+    g = theta * curve
+    top = (theta + rho * g / np.linalg.norm(g)) * curve
+    second = next(leaf for path, leaf in tree.flatten(state).items() if path.endswith("nu"))
+    np.testing.assert_allclose(second, 0.5 * top**2, rtol=1e-5)
+    np.testing.assert_allclose(moves, -0.1 * np.sign(top), rtol=1e-5)
+    clipped, _ = updates.build("sam", learning_rate=0.1, steps=3, schedule_name="constant", warmup=0, clip=0.1, rho=rho, b2=0.5)
+    _, state = clipped.update(x * curve, clipped.init(x), x, grad_fn=lambda p, i: p * curve)
+    second = next(leaf for path, leaf in tree.flatten(state).items() if path.endswith("nu"))
+    np.testing.assert_allclose(second, 0.5 * (0.1 * top / np.linalg.norm(top)) ** 2, rtol=1e-5)
+
+
+def test_drift_pulls_each_matrix_towards_the_prior(tmp_path):
+    """g - alpha ‖g‖ Δ/‖Δ‖ for a layer's matrix, in numpy; everything else is left alone, a prior like the start too."""
+    model = make_model("llama", num_hidden_layers=2)
+    start, prior = make_params(model), make_params(model, seed=1)
+    prior["layers"]["mlp"]["up"] = start["layers"]["mlp"]["up"]
+    hf.save(tmp_path / "prior", model, prior)
+    grads = jax.tree.map(lambda x: jnp.cos(5 * x), start)
+    tx = registry.call("update", "drift", prior=str(tmp_path / "prior"), alpha=0.3, b1=0.5)
+    _, state = jax.jit(lambda g, p: tx.update(g, tx.init(p), p))(grads, start)
+    first = {p.split("/mu/")[1]: x for p, x in tree.flatten(state).items() if "/mu/" in p}
+    assert set(first) == set(tree.flatten(start))
+    for path, g in tree.flatten(grads).items():
+        g, expected = np.asarray(g, np.float64), np.asarray(g, np.float64).copy()
+        delta = np.asarray(tree.flatten(prior)[path], np.float64) - np.asarray(tree.flatten(start)[path], np.float64)
+        for i in range(2) if path.startswith(("layers/attn/", "layers/mlp/")) else ():
+            if np.linalg.norm(delta[i]):
+                expected[i] -= 0.3 * np.linalg.norm(g[i]) * delta[i] / np.linalg.norm(delta[i])
+        np.testing.assert_allclose(first[path], 0.5 * expected, rtol=0, atol=1e-5, err_msg=path)
+    with pytest.raises(UserError, match="'drift' needs prior=FOLDER"):
+        registry.call("update", "drift")
+    wider = make_params(make_model("llama", num_hidden_layers=2, intermediate_size=40))
+    with pytest.raises(UserError, match="has no layers/mlp/down/kernel of shape"):
+        tx.init(wider)
+
+
+# Differential privacy
+
+
+def test_dp_clips_every_example_by_itself():
+    """Without noise: the numpy mean of clipped gradients of single examples, however the batch is cut up."""
+    objective, params, mask, batch = of_task("classification")
+    del batch["weight"]
+    trainable, frozen = tree.split(params, mask)
+
+    gradient = jax.jit(lambda row: jax.grad(lambda t: objective(tree.join(t, frozen), row, None)[0])(trainable))
+    single = [gradient({k: v[i : i + 1] for k, v in batch.items()}) for i in range(8)]
+    norms = [float(optax.global_norm(g)) for g in single]
+    clip = float(np.median(norms))
+    expected = jax.tree.map(lambda *gs: sum(g * min(1, clip / n) for g, n in zip(gs, norms)) / 8, *single)
+    tx = registry.call("update", "dp_sgd", learning_rate=1.0, max_norm=clip, noise=0.0)
+    start = train.TrainState(jnp.asarray(0), trainable, tx.init(trainable))
+    for parts in (1, 4):
+        state, _ = jax.jit(train.make_step(objective, tx, parts, seed=0))(start, frozen, batch)
+        moved = jax.tree.map(lambda a, b: a - b, trainable, state.trainable)
+        assert_trees_close(moved, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, hp, words",
+    [
+        ("dp_sgd", {"clip": 1.0}, ["clips each example", "optimizer.clip to 0"]),
+        ("dp_adamw", {"clip": 0.0, "noise": -1.0}, ["noise >= 0", "noise=-1.0"]),
+        ("lora_plus", {"mask": "lisa"}, ["'lora_plus' sees the tree as a whole", "'lisa'"]),
+    ],
+)
+def test_an_update_that_cannot_be(name, hp, words):
+    with pytest.raises(UserError) as error:
+        updates.build(name, learning_rate=1e-3, steps=5, **hp)
+    assert all(w in str(error.value) for w in words) and "\n" not in str(error.value), str(error.value)
 
 
 def test_the_pull_leads_back_to_the_start():

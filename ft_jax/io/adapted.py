@@ -43,7 +43,7 @@ class AdaptedCheckpoint:
     """
 
     def __init__(self, base, folder):
-        self._base, self.adapter = Checkpoint(base), peft.open_adapter(folder)
+        self._base, self.adapter = Checkpoint(base), peft.open_adapter(folder, plain=True)
         self.path = self.adapter.checkpoint.path
         self.modules = {}
         for module in self.adapter.factors:

@@ -1,72 +1,99 @@
-"""LoRA adapters in PEFT's format, out of and into a tree with ``LowRank`` kernels."""
+"""Adapters in PEFT's format, out of and into a tree with kernels; `peft_kinds.KINDS` lists what is held."""
 
 import collections
+import functools
+import operator
 import pathlib
-import re
 import typing
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft_jax import tree
+from ft_jax import registry, tree
 from ft_jax.errors import UserError, nearest
-from ft_jax.io import files, hf, layout, safetensors
-from ft_jax.kernels import LowRank, is_kernel
+from ft_jax.io import files, hf, layout, peft_kinds, safetensors
+from ft_jax.io.peft_kinds import KINDS
+from ft_jax.kernels import LowRank, dense, is_kernel
+from ft_jax.kernels.lowrank import Dora
+from ft_jax.kernels.orthogonal import Butterfly
+from ft_jax.kernels.products import Hadamard
+from ft_jax.kernels.scale import ScaledIn, ScaledOut
 
-ROOT = "base_model.model."
+ROOT, SHARED = "base_model.model.", "base_model."
 TASKS = {"lm": "CAUSAL_LM", "classification": "SEQ_CLS", "none": "FEATURE_EXTRACTION", "pooled": "FEATURE_EXTRACTION",
          "prototype": "FEATURE_EXTRACTION"}  # fmt: skip
-# Fields that change the maths of an adapter in ways LowRank does not have.
-UNSUPPORTED = (
-    "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters",
-    "trainable_token_indices", "alora_invocation_tokens", "velora_config", "monteclora_config", "arrow_config",
-    "kasa_config", "megatron_config",
-)  # fmt: skip
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that also move the frozen weights
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that also move the frozen weights …
+FOLLOWED = ("pissa", "olora")  # … and those that the base alone decides
 MERGED = "export the merged model instead"
+PADDED = (LowRank, Dora, Hadamard)  # where zeros make a smaller rank as large as its neighbours'
+# What a layer without an adapter holds where zeros would change it.
+NEUTRAL = {
+    ScaledIn: lambda fields, w: {"s": np.ones_like(fields["s"])},
+    ScaledOut: lambda fields, w: {"s": np.ones_like(fields["s"])},
+    Butterfly: lambda fields, w: {"scale": np.ones_like(fields["scale"])},
+    Dora: lambda fields, w: {"magnitude": np.linalg.norm(np.asarray(w, np.float32), axis=0)},
+}
 
 
 def save_adapter(folder, model, params, base_name, *, base=None, use_rslora=False):
-    """Writes adapter_config.json and adapter_model.safetensors; lora_A is ``[r, in]``, lora_B ``[out, r]``.
+    """Writes adapter_config.json and adapter_model.safetensors as `peft` does; factors ``[out, in]``, as torch has them.
 
     base_name: what ``base_model_name_or_path`` says. base: the plain base parameters; other leaves that differ from
-    them (classification and prototype heads always) are stored whole, as ``modules_to_save``.
-    UserError for what PEFT has no place for: taps, other or nested kernels, a moved base under an adapter, MLM heads.
+    them (classification and prototype heads always) are stored whole, as ``modules_to_save``; norms alone are PEFT's
+    LN tuning. LoRA around a moved base (PiSSA, OLoRA, CorDA) becomes LoRA of twice the rank around ``base``. UserError for what PEFT has no place for: taps, other or nested kernels, several kinds of kernel, a moved
+    base under an adapter, MLM heads.
     """
-    lora, whole = _collect(model.config, params, None if base is None else tree.flatten(base))
-    if not lora:
-        raise UserError(f"the parameters hold no LoRA kernel, so there is no adapter to write; {MERGED}")
-    saved = sorted({_module_to_save(name) for name in whole} - {"prototype"})
+    found, whole = _collect(model.config, params, None if base is None else tree.flatten(base))
+    norms = sorted({_module_to_save(name) for name in whole if _is_norm(name)})
+    if not found and not norms:
+        raise UserError(f"the parameters hold no LoRA kernel and none of PEFT's others, so there is no adapter to write; {MERGED}")
+    kind = _kind_of(found) if found else KINDS["LN_TUNING"]
+    saved = sorted({_module_to_save(name) for name in whole} - {"prototype"} - set(() if found else norms))
     for module in saved:
-        if any(m == module or m.startswith(module + ".") for m in lora):
+        if any(m == module or m.startswith(module + ".") for m in found):
             raise UserError(f"{module} has an adapter and is trained itself, which PEFT cannot hold; {MERGED}")
-    power = 0.5 if use_rslora else 1.0
-    ranks = {module: a.shape[0] for module, (a, _, _) in lora.items()}
-    alphas = {module: _round(scale * ranks[module] ** power) for module, (_, _, scale) in lora.items()}
-    rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    tensors, shared, own = {}, {}, {}
+    if found:
+        write = functools.partial(kind.write, use_rslora=use_rslora) if kind.peft_type == "LORA" else kind.write
+        tensors, shared, own = write(found)
     config = {
-        "peft_type": "LORA", "task_type": TASKS.get(model.config.head), "base_model_name_or_path": base_name,
-        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": use_rslora,
-        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
-        "target_modules": sorted(lora), "modules_to_save": saved or None,
-        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {m: a for m, a in alphas.items() if a != alpha},
-    }  # fmt: skip
-    tensors = {}
-    for module, (a, b, _) in lora.items():
-        tensors |= {f"{ROOT}{module}.lora_A.weight": a, f"{ROOT}{module}.lora_B.weight": b}
-    tensors |= {ROOT + name: array for name, array in whole.items()}
+        "peft_type": kind.peft_type, "task_type": TASKS.get(model.config.head), "base_model_name_or_path": base_name,
+        "inference_mode": True, "target_modules": sorted(found) or norms, "modules_to_save": saved or None,
+    } | {field: peft_kinds.FIXED[field] for field in kind.fixed} | own  # fmt: skip
+    held = {f"{SHARED}{name}": array for name, array in shared.items()}
+    held |= {f"{ROOT}{m}.{suffix}": array for m, part in tensors.items() for suffix, array in part.items()}
+    held |= {ROOT + (name if found else _tuned_norm(name)): array for name, array in whole.items()}
     folder = files.make_folder(folder)
     with files.replacing(folder / "adapter_config.json") as temporary:
         files.write_json(temporary, config)
-        safetensors.save(folder, sorted(tensors.items()), stem="adapter_model")
+        safetensors.save(folder, sorted(held.items()), stem="adapter_model")
+
+
+def _is_norm(name):
+    return "norm" in name.lower().split(".")[-2]
+
+
+def _tuned_norm(name):
+    module, _, last = name.rpartition(".")
+    return f"{module}.ln_tuning_layers.{last}" if _is_norm(name) else name
+
+
+def _kind_of(found):
+    kinds = {m: next(k for k in KINDS.values() if type(kernel) in k.kernels) for m, kernel in found.items()}
+    first = next(iter(kinds.values()))
+    for module, kind in kinds.items():
+        if kind is not first:
+            raise UserError(f"{module}: a {kind.peft_type} adapter beside {first.peft_type}; PEFT's file holds one kind; {MERGED}")
+    return first
 
 
 def _collect(config, params, base):
-    """``({module: (A, B, scale)}, {checkpoint name: array})`` in the checkpoint's orientation."""
+    """``({module: kernel of one matrix, numpy}, {checkpoint name: array})``, the arrays in the checkpoint's orientation."""
     rows = {(row.path, row.layer): row for row in layout.tensors(config)}
-    lora, whole = {}, {}
-    for path, parts in hf.stack_parts(tree.flatten(params, is_leaf=is_kernel)).items():
+    flat = tree.flatten(params, is_leaf=is_kernel)
+    found, whole = {}, {}
+    for path, parts in hf.stack_parts(flat).items():
         stacked = path.startswith("layers/")
         if (path, 0 if stacked else None) not in rows:
             raise UserError(f"{path}: a PEFT adapter has no place for it{nearest(path, [p for p, _ in rows])}")
@@ -75,12 +102,17 @@ def _collect(config, params, base):
             before = None if base is None else base[path][first : first + len(layers)] if stacked else base[path]
             names = [layout.saved_name(config, rows[path, i].name) for i in layers]
             if is_kernel(leaf):
-                lora |= dict(zip((n.removesuffix(".weight") for n in names), _factors(path, leaf, before, stacked)))
+                _check_kernel(path, leaf, [p for p, _ in rows])
+                if before is not None and not np.array_equal(np.asarray(leaf.base), np.asarray(before)):
+                    leaf = _around_base(path, leaf, before)
+                for i, name in enumerate(names):
+                    one = jax.tree.map(operator.itemgetter(i), leaf) if stacked else leaf
+                    found[name.removesuffix(".weight")] = jax.tree.map(np.asarray, one)
             elif _travels(config, path, leaf, before):
                 arrays = np.asarray(leaf, np.float32) if stacked else np.asarray(leaf, np.float32)[None]
                 transposed = path.endswith("/kernel")
                 whole |= {n: x.T if transposed else x for n, x in zip(names, arrays, strict=True)}
-    return lora, whole
+    return found, whole
 
 
 def _travels(config, path, leaf, before):
@@ -92,19 +124,31 @@ def _travels(config, path, leaf, before):
     return changed
 
 
-def _factors(path, leaf, before, stacked):
-    if not isinstance(leaf, LowRank) or is_kernel(leaf.base):
-        kind = type(leaf).__name__
-        kind += f" around {type(leaf.base).__name__}" if hasattr(leaf, "base") else ""
-        raise UserError(f"{path}: a {kind} kernel has no form in PEFT; {MERGED}")
+def _around_base(path, leaf, base):
+    """R + s A B, where W = R + s A0 B0 is the base, as W + s [A A0] [B −B0]ᵀ; UserError if W − R is of a higher rank."""
+    refused = UserError(f"{path}: the frozen matrix under the adapter is not that of the base model; {MERGED}")
+    if not isinstance(leaf, LowRank) or not np.asarray(leaf.scale).all():
+        raise refused
+    u, sizes, v = np.linalg.svd(np.asarray(base, np.float64) - np.asarray(leaf.base, np.float64), full_matrices=False)
+    rank = leaf.a.shape[-1]
+    if sizes[..., rank:].max(initial=0) > 1e-4 * sizes.max():
+        raise refused
+    root = np.sqrt(sizes[..., :rank] / np.asarray(leaf.scale)[..., None])
+    a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+    a, b = np.concatenate([leaf.a, a], -1), np.concatenate([leaf.b, -b], -2)
+    return LowRank(base, a.astype(np.float32), b.astype(np.float32), leaf.scale)
+
+
+def _check_kernel(path, leaf, paths):
+    """UserError for a kernel that PEFT has no form of, or no place for."""
+    kind, nested = type(leaf).__name__, is_kernel(getattr(leaf, "base", None))
+    if nested or not any(type(leaf) in row.kernels for row in KINDS.values()):
+        around = f" around {type(leaf.base).__name__}" if nested else ""
+        raise UserError(f"{path}: a {kind}{around} kernel has no form in PEFT; {MERGED}")
     if path.startswith("head/"):
         raise UserError(f"{path}: PEFT trains heads whole and takes no adapter on them; {MERGED}")
-    if before is not None and not np.array_equal(np.asarray(leaf.base), np.asarray(before)):
-        raise UserError(f"{path}: the frozen matrix under the adapter is not that of the base model; {MERGED}")
-    a, b, scale = (np.asarray(x, np.float32) for x in (leaf.a, leaf.b, leaf.scale))
-    if not stacked:
-        a, b, scale = a[None], b[None], scale[None]
-    return [(x.T, y.T, float(s)) for x, y, s in zip(a, b, scale, strict=True)]
+    if isinstance(leaf, ScaledOut) and path.removesuffix("kernel") + "bias" in paths:
+        raise UserError(f"{path}: PEFT's (IA)³ scales the bias too, this kernel the matrix alone; {MERGED}")
 
 
 def _module_to_save(name):
@@ -112,49 +156,60 @@ def _module_to_save(name):
     return "classifier" if name.startswith("classifier.") else name.rpartition(".")[0]
 
 
-def _round(alpha):
-    """The whole number a float32 product stands for, where it does."""
-    return round(alpha) if abs(alpha - round(alpha)) < 1e-5 * max(1.0, abs(alpha)) else alpha
-
-
 class Adapter(typing.NamedTuple):
-    """A PEFT LoRA adapter by the checkpoint names of its base: ``{module: {"A" or "B": key}}``, ``{tensor: key}``."""
+    """A PEFT adapter by the checkpoint names of its base: ``{module: {suffix: key}}``, ``{tensor: key}``, shared ``{name: key}``."""
 
     folder: pathlib.Path
     config: dict
     checkpoint: safetensors.Checkpoint
-    factors: dict
+    kind: peft_kinds.Kind
+    parts: dict
     whole: dict
+    shared: dict
+
+    @property
+    def factors(self):
+        """Of plain LoRA: ``{module: {"A" or "B": key}}``."""
+        return {m: {suffix[5]: key for suffix, key in part.items()} for m, part in self.parts.items()}
 
 
-def open_adapter(folder):
-    """The ``Adapter`` of a folder, no tensor read; UserError for a kind that is not LoRA as `LowRank` has it."""
+def open_adapter(folder, plain=False):
+    """The ``Adapter`` of a folder, no tensor read; UserError for a kind that is not held, or with ``plain`` for all but LoRA."""
     folder = pathlib.Path(folder)
     config = files.read_json(folder / "adapter_config.json")
-    _check_config(folder, config)
+    kind = _check_config(folder, config, plain)
     # Named in full: the folder may hold a merged model beside the adapter.
     checkpoint = safetensors.Checkpoint(folder / "adapter_model.safetensors")
-    factors, whole = collections.defaultdict(dict), {}
+    parts, whole, shared = collections.defaultdict(dict), {}, {}
+    suffixes = [s.removesuffix("?") for s in kind.tensors]
     for key in checkpoint.names:
         name = key.removeprefix(ROOT).replace(".modules_to_save.", ".").replace(".default.", ".")
-        found = re.fullmatch(r"(.*)\.lora_([AB])\.weight", name)
-        if found:
-            factors[found[1]][found[2]] = key
-        else:
-            whole[name] = key
-    if not factors:
-        raise UserError(f"{checkpoint.path}: holds no LoRA tensors")
-    return Adapter(folder, config, checkpoint, dict(factors), whole)
+        suffix = next((s for s in suffixes if name.endswith("." + s)), None)
+        if key.removeprefix(SHARED) in kind.shared:
+            shared[key.removeprefix(SHARED)] = key
+        elif suffix:
+            parts[name.removesuffix("." + suffix)][suffix] = key
+        elif name.rpartition(".")[2] not in kind.shared:  # PEFT also puts a copy into every module
+            whole[name.replace(".ln_tuning_layers.", ".")] = key
+    if not parts and kind.tensors:
+        raise UserError(f"{checkpoint.path}: holds no {'LoRA' if kind.peft_type == 'LORA' else kind.peft_type} tensors")
+    for name in kind.shared:
+        if name not in shared:
+            raise UserError(f"{checkpoint.path}: lacks {name}, which PEFT then draws from torch's random numbers; "
+                            "save it with save_projection=True")
+    return Adapter(folder, config, checkpoint, kind, dict(parts), whole, shared)
 
 
 def load_adapter(folder, model, params):
-    """``params`` with the adapter's ``LowRank`` kernels around their matrices, and its whole modules in place.
+    """``params`` with the adapter's kernels around their matrices, and its whole modules in place.
 
-    Layers that the adapter leaves out get a zero one; smaller ranks are filled up with zeros. UserError, naming the
-    field, module or shape, for an adapter of another kind or of another base.
+    Layers that the adapter leaves out get one that changes nothing; smaller ranks are filled up with zeros. The biases of
+    modules whose outputs (IA)³ scales are scaled, as PEFT does. UserError, naming the field, module or shape, for an
+    adapter of another kind or of another base.
     """
     adapter = open_adapter(folder)
-    checkpoint, rows, adapters, whole = adapter.checkpoint, _rows_by_name(model.config), {}, {}
+    checkpoint, rows, found, whole = adapter.checkpoint, _rows_by_name(model.config), {}, {}
+    shared = {name: checkpoint.read(key) for name, key in adapter.shared.items()}
 
     def row_of(name, key):
         if name not in rows:
@@ -163,10 +218,9 @@ def load_adapter(folder, model, params):
             raise UserError(f"{checkpoint.path}: {key}: {ours} has no module {module!r}{nearest(module, known)}")
         return rows[name]
 
-    for module, keys in adapter.factors.items():
+    for module, keys in adapter.parts.items():
         row = row_of(module + ".weight", next(iter(keys.values())))
-        a, b, scale = read_factors(adapter, module, row.shape)
-        adapters[row] = a.T, b.T, scale
+        found[row] = _read_part(adapter, module, row.shape, shared)
     for name, key in adapter.whole.items():
         whole[row_of(name, key)] = checkpoint.read(key)
     for row, array in whole.items():
@@ -175,28 +229,39 @@ def load_adapter(folder, model, params):
                 f"{checkpoint.path}: {row.name} is {list(array.shape)} but the model's is "
                 f"{list(row.shape)}: an adapter for another base or another number of labels"
             )
-    return _apply(model.config, params, adapters, whole)
+    return _apply(model.config, params, found, whole, _start(adapter.config))
 
 
-def _check_config(folder, config):
-    file = folder / "adapter_config.json"
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type {config.get('peft_type')!r} is not supported; supported: LORA")
-    for field in UNSUPPORTED:
+def _check_config(folder, config, plain):
+    """The `Kind`; UserError for a field that the kernels cannot honour, naming it."""
+    file, name = folder / "adapter_config.json", config.get("peft_type")
+    held = ["LORA"] if plain else list(KINDS)
+    if name not in held:
+        raise UserError(f"{file}: peft_type {name!r} is not supported{' here' if plain else ''}; supported: {', '.join(held)}")
+    kind = KINDS[name]
+    for field in (*kind.unsupported, *(("use_dora",) if plain else ())):
         if config.get(field):
             raise UserError(f"{file}: {field} {str(config[field])[:40]} is not supported")
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias {config['bias']!r} is not supported; supported: none")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+    for field, value in peft_kinds.FIXED.items():
+        if config.get(field, value) not in (value, None):
+            raise UserError(f"{file}: {field} {config[field]!r} is not supported; supported: {str(value).lower()}")
+    start = _start(config)
+    if start and (plain or start not in FOLLOWED):
         raise UserError(
-            f"{file}: init_lora_weights {start!r} moves the base weights, which the adapter does not hold; "
+            f"{file}: init_lora_weights {config['init_lora_weights']!r} moves the base weights, which the adapter does not hold; "
             "convert it to plain LoRA with PEFT first"
         )
-    for field in ("lora_alpha", "rank_pattern", "alpha_pattern"):
-        value, kinds = config.get(field), (int, float) if field == "lora_alpha" else (dict, type(None))
+    for field in (*kind.numbers, "rank_pattern", "alpha_pattern"):
+        value, kinds = config.get(field), (int, float) if field in kind.numbers else (dict, type(None))
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise UserError(f"{file}: {field} is {value!r}")
+    return kind
+
+
+def _start(config):
+    """How the base was moved when the adapter was made, or ""."""
+    start = config.get("init_lora_weights")
+    return start.lower() if isinstance(start, str) and start.lower().startswith(CHANGES_BASE) else ""
 
 
 def _rows_by_name(config):
@@ -205,11 +270,12 @@ def _rows_by_name(config):
 
 
 def check_factors(adapter, module, shape):
-    """UserError, from the headers alone, unless a module's A and B make a change of a matrix stored as ``shape``."""
-    where, keys = adapter.checkpoint.path, adapter.factors[module]
-    if len(keys) < 2:
-        raise UserError(f"{where}: {module} lacks lora_{'B' if 'A' in keys else 'A'}")
-    a, b = (adapter.checkpoint.shape(keys[part]) for part in "AB")
+    """UserError, from the headers alone, unless a module's LoRA factors make a change of a matrix stored as ``shape``."""
+    where, keys = adapter.checkpoint.path, adapter.parts[module]
+    for part in ("lora_A.weight", "lora_B.weight"):
+        if part not in keys:
+            raise UserError(f"{where}: {module} lacks {part}")
+    a, b = (adapter.checkpoint.shape(keys[f"lora_{part}.weight"]) for part in "AB")
     if len(shape) != 2 or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise UserError(f"{where}: {module}: lora_A {list(a)} and lora_B {list(b)} make no adapter")
     if (b[0], a[1]) != tuple(shape):
@@ -218,27 +284,43 @@ def check_factors(adapter, module, shape):
 
 
 def read_factors(adapter, module, shape):
-    """``(A [r, in], B [out, r], scale)`` of one module, float32: its change of a matrix stored as ``shape`` is scale · B A."""
+    """``(A [r, in], B [out, r], scale)`` of one LoRA module, float32: its change of a matrix stored as ``shape`` is scale · B A."""
     check_factors(adapter, module, shape)
-    a, b = (adapter.checkpoint.read(adapter.factors[module][part]) for part in "AB")
-    return a, b, _scale(adapter, module, a.shape[0])
+    a, b = (adapter.checkpoint.read(adapter.parts[module][f"lora_{part}.weight"]) for part in "AB")
+    return a, b, float(_told(adapter, peft_kinds.scale_of, adapter.config, module, a.shape[0]))
 
 
-def _scale(adapter, module, rank):
-    alpha = adapter.config["lora_alpha"]
-    for pattern, value in (adapter.config.get("alpha_pattern") or {}).items():
-        try:
-            hit = re.fullmatch(rf"(.*\.)?({pattern})", module)
-        except re.error as error:
-            file = adapter.checkpoint.path
-            raise UserError(f"{file}: alpha_pattern {pattern!r} is not a regular expression: {error}") from None
-        if hit:
-            alpha = value
-            break
-    return alpha / rank ** (0.5 if adapter.config.get("use_rslora") else 1.0)
+def _told(adapter, fn, *args):
+    """``fn(*args)``, its UserErrors led by the adapter's file."""
+    try:
+        return fn(*args)
+    except UserError as error:
+        raise UserError(f"{adapter.checkpoint.path}: {error}") from None
 
 
-def _apply(config, params, adapters, whole):
+def _read_part(adapter, module, shape, shared):
+    """``(kernel class, fields)`` of one module, for a matrix stored as ``shape``."""
+    where, keys = adapter.checkpoint.path, adapter.parts[module]
+    if adapter.kind.peft_type == "LORA":
+        check_factors(adapter, module, shape)
+    for suffix in adapter.kind.tensors:
+        if not suffix.endswith("?") and suffix not in keys:
+            raise UserError(f"{where}: {module} lacks {suffix}")
+    read = {s: getattr(adapter.checkpoint, "integers" if s.endswith("_indices") else "read")(key) for s, key in keys.items()}
+    try:
+        kernel, fields = _told(adapter, adapter.kind.read, peft_kinds.Part(module, tuple(shape), read, adapter.config, shared))
+        base = jax.ShapeDtypeStruct(tuple(shape)[::-1], jnp.float32)
+        made = jax.eval_shape(lambda w, f: kernel(w, **f).dense(), base, fields).shape
+    except (TypeError, ValueError) as error:
+        made = f"no matrix ({str(error).splitlines()[0][:80]})"
+    if made != tuple(shape)[::-1]:
+        sizes = ", ".join(f"{s} {list(x.shape)}" for s, x in read.items())
+        raise UserError(f"{where}: {module}: {sizes} do not fit the model's matrix of {'x'.join(map(str, shape))}: "
+                        "an adapter for another base")
+    return kernel, fields
+
+
+def _apply(config, params, found, whole, start):
     flat = tree.flatten(params, is_leaf=is_kernel)
     depth = config.num_layers - next((w.shape[0] for p, w in flat.items() if p.startswith("layers/")), 0)
 
@@ -256,22 +338,52 @@ def _apply(config, params, adapters, whole):
         array = jnp.asarray(array.T if row.transposed else array)
         flat[path] = array if i is None else flat[path].at[i].set(array)
     grouped = collections.defaultdict(dict)
-    for row, adapter in adapters.items():
+    for row, part in found.items():
         path, i = place(row)
-        grouped[path][i] = adapter
-    for path, found in grouped.items():
-        flat[path] = _low_rank(flat[path], found)
+        grouped[path][i] = part
+    for path, layers in grouped.items():
+        base = _moved(path, flat[path], layers, start) if start else flat[path]
+        flat[path] = kernel = _around(path, base, layers)
+        bias = path.removesuffix("kernel") + "bias"
+        if isinstance(kernel, ScaledOut) and bias in flat:
+            flat[bias] = flat[bias] * kernel.s
     return tree.nest(flat)
 
 
-def _low_rank(leaf, found):
-    *stack, d_in, d_out = leaf.shape
-    rank = max(a.shape[1] for a, _, _ in found.values())
-    a, b = np.zeros((*stack, d_in, rank), np.float32), np.zeros((*stack, rank, d_out), np.float32)
-    scale = np.zeros(stack, np.float32)
-    for i, (x, y, s) in found.items():
-        where = () if i is None else (i,)
-        a[(*where, slice(None), slice(x.shape[1]))] = x
-        b[(*where, slice(y.shape[0]))] = y
-        scale[where] = s
-    return LowRank(leaf, jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale))
+def _moved(path, leaf, layers, start):
+    """What PEFT leaves frozen when an adapter starts from a part of W: that of the same kernel here."""
+    for i, (_, fields) in layers.items():
+        rank, w = fields["a"].shape[-1], leaf if i is None else leaf[i] if not is_kernel(leaf) else leaf
+        try:
+            rest = registry.call("kernel", start, w, None, rank=rank, alpha=float(fields["scale"]) * rank).base
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        leaf = rest if i is None else leaf.at[i].set(rest)
+    return leaf
+
+
+def _around(path, leaf, layers):
+    """The kernel of ``{layer (None outside the stack): (class, fields)}`` around a leaf."""
+    kernel, fields = next(iter(layers.values()))
+    if any(k is not kernel for k, _ in layers.values()):
+        raise UserError(f"{path}: its layers carry adapters of different forms, which a stack of layers cannot hold")
+    if None not in layers:
+        held = [layers[i][1] if i in layers else _neutral(kernel, fields, leaf, i) for i in range(leaf.shape[0])]
+        try:
+            fields = jax.tree.map(functools.partial(_stack, kernel in PADDED), *held)
+        except ValueError:
+            raise UserError(f"{path}: its layers carry factors of different sizes, which a stack of layers cannot hold") from None
+    return kernel(leaf, **jax.tree.map(jnp.asarray, fields))
+
+
+def _neutral(kernel, fields, leaf, i):
+    """The fields of a layer that the adapter leaves out, after those of one that it has."""
+    zeros = {n: jax.tree.map(np.zeros_like, x) if n in kernel.trainable else x for n, x in fields.items()}
+    return zeros | (NEUTRAL[kernel](fields, dense(jax.tree.map(lambda x: x[i], leaf))) if kernel in NEUTRAL else {})
+
+
+def _stack(padded, *arrays):
+    if padded:
+        shape = tuple(max(sizes) for sizes in zip(*(np.shape(x) for x in arrays), strict=True))
+        arrays = [np.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]) if shape else x for x in arrays]
+    return np.stack(arrays)

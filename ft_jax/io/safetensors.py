@@ -77,6 +77,13 @@ class Checkpoint:
             raise UserError(f"{self._file[name]}: {name} is {kind}; read are {', '.join(READABLE)}")
         return np.asarray(self._open[self._file[name]].get_tensor(name), np.float32)
 
+    def integers(self, name):
+        """One tensor of 32- or 64-bit integers as int64; any other kind is a UserError."""
+        kind = self.dtype(name)
+        if kind not in ("I32", "I64"):
+            raise UserError(f"{self._file[name]}: {name} is {kind}; it has to be I32 or I64")
+        return np.asarray(self._open[self._file[name]].get_tensor(name), np.int64)
+
     def items(self):
         """``(name, float32 array)`` of every tensor, one in memory at a time."""
         return ((name, self.read(name)) for name in self.names)

@@ -1,6 +1,7 @@
 """The kernel protocol: ``dot(x)``, ``dense()``, ``shape``, ``dtype`` on a typed pytree leaf."""
 
-import jax
+import dataclasses
+
 import jax.numpy as jnp
 
 
@@ -23,11 +24,11 @@ class Kernel:
 
     @property
     def shape(self):
-        return jnp.shape(jax.tree.leaves(self)[0])
+        return getattr(self, dataclasses.fields(self)[0].name).shape
 
     @property
     def dtype(self):
-        return jax.tree.leaves(self)[0].dtype
+        return getattr(self, dataclasses.fields(self)[0].name).dtype
 
 
 def is_kernel(x):

@@ -39,6 +39,42 @@ class LowRankB(LowRank):
     trainable = ("b",)
 
 
+@struct.dataclass
+class Dora(Kernel):
+    """m ⊙ (W + scale · A B) / n by columns, n their norms, W frozen; shapes as in `LowRank`, m ``[..., d_out]``."""
+
+    base: jax.Array | Kernel
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+    magnitude: jax.Array
+
+    trainable = ("a", "b", "magnitude")
+
+    def norms(self):
+        """‖W + s A B‖ of each column: √(‖W‖² + 2 s ⟨Aᵀ W, B⟩ + s² ⟨Aᵀ A B, B⟩), no product of W's size; a constant to
+        the gradient, as in the paper's section 4.3."""
+        low = LowRank(self.base, self.a, self.b, self.scale)
+        base, a, b, scale = jax.lax.stop_gradient((low.base, low.a, low.b, low.scale[..., None]))
+        at = jnp.swapaxes(a, -1, -2)
+        with jax.default_matmul_precision("highest"):
+            cross = jnp.sum(_times(at, base) * b, -2)
+            square = jnp.sum(jnp.matmul(jnp.matmul(at, a), b) * b, -2)
+        found = jnp.sum(jnp.square(dense(base).astype(jnp.float32)), -2) + 2 * scale * cross + scale**2 * square
+        return jnp.sqrt(jnp.maximum(found, jnp.finfo(jnp.float32).tiny))
+
+    def dot(self, x):
+        return LowRank(self.base, self.a, self.b, self.scale).dot(x) * (self.magnitude / self.norms()).astype(x.dtype)
+
+    def dense(self):
+        return LowRank(self.base, self.a, self.b, self.scale).dense() * (self.magnitude / self.norms())[..., None, :]
+
+
+def _times(x, w):
+    """``x @ w`` for a stack of both, which `dot` does not promise of a kernel."""
+    return jax.vmap(_times)(x, w) if x.ndim > 2 else dot(w, x)
+
+
 def _sizes(w, rank):
     *stack, d_in, d_out = w.shape
     if not 1 <= rank <= min(d_in, d_out):
@@ -63,11 +99,11 @@ def _plain(w, a, scale, kernel):
     return kernel(w, a, jnp.asarray(b), jnp.asarray(scales))
 
 
-def _low_rank(w, rng, rank, scale_of):
+def _low_rank(w, rng, rank, scale_of, kernel=LowRank):
     stack, d_in, _ = _sizes(w, rank)
     bound = d_in**-0.5  # Kaiming-uniform with a = sqrt(5), what PEFT and the reference code start from
     a = _draw(lambda key, n: jax.random.uniform(key, n, jnp.float32, -bound, bound), rng, (*stack, d_in, rank))
-    return _plain(w, a, scale_of(rank), LowRank)
+    return _plain(w, a, scale_of(rank), kernel)
 
 
 @register("kernel", "lora", paper="arXiv:2106.09685")
@@ -82,6 +118,21 @@ def rslora(w, rng, *, rank=8, alpha=16.0):
     return _low_rank(w, rng, rank, lambda r: alpha / r**0.5)
 
 
+@register("kernel", "lora_fa", paper="arXiv:2308.03303")
+def lora_fa(w, rng, *, rank=8, alpha=16.0):
+    """LoRA-FA: LoRA with A frozen at its random start, B alone trained: W + (alpha / rank) · A B, B = 0."""
+    return _low_rank(w, rng, rank, lambda r: alpha / r, LowRankB)
+
+
+@register("kernel", "dora", paper="arXiv:2402.09353", start="rounded")
+def dora(w, rng, *, rank=8, alpha=16.0):
+    """DoRA: m ⊙ (W + (alpha / rank) · A B) / ‖W + (alpha / rank) · A B‖ by columns, m = ‖W‖; A, B as in LoRA, m trained."""
+    low = _low_rank(w, rng, rank, lambda r: alpha / r)
+    *stack, _, d_out = w.shape
+    start = Dora(low.base, low.a, low.b, low.scale, jnp.zeros((*stack, d_out), jnp.float32))
+    return start.replace(magnitude=start.norms())
+
+
 @register("kernel", "lora_b", paper="arXiv:2410.21228")
 def lora_b(w, rng, *, rank=8, alpha=16.0):
     """LoRA with A frozen at random orthonormal columns (AᵀA = I) and B alone trained: W + (alpha / rank) · A B, B = 0."""
@@ -92,7 +143,17 @@ def lora_b(w, rng, *, rank=8, alpha=16.0):
     return _plain(w, a, alpha / rank, LowRankB)
 
 
-@register("kernel", "pissa", paper="arXiv:2404.02948")
+def _take_apart(name, w, rank, scale, factors):
+    """W = s A B + what is left, frozen; ``factors(w) -> (A, B)`` of the plain float32 matrix."""
+    if is_kernel(w):
+        raise UserError(f"{name} takes a plain matrix apart and cannot stand around a {type(w).__name__} kernel")
+    stack, _, _ = _sizes(w, rank)
+    a, b = factors(w.astype(jnp.float32))
+    residual = w - scale * jnp.einsum("...ir,...ro->...io", a, b, precision="highest")
+    return LowRank(residual.astype(w.dtype), a, b, jnp.full(stack, scale, jnp.float32))
+
+
+@register("kernel", "pissa", paper="arXiv:2404.02948", start="rounded", plain=True)
 def pissa(w, rng, *, rank=8, alpha=16.0):
     """PiSSA: W = U S Vᵀ; s A B = its top ``rank`` part, A = U √(S/s), B = √(S/s) Vᵀ, s = alpha / rank; the residual frozen.
 
@@ -100,12 +161,26 @@ def pissa(w, rng, *, rank=8, alpha=16.0):
     Raises UserError around another kernel: the frozen residual has to be a matrix.
     """
     del rng
-    if is_kernel(w):
-        raise UserError(f"pissa takes a plain matrix apart and cannot stand around a {type(w).__name__} kernel")
-    stack, _, _ = _sizes(w, rank)
-    scale = alpha / rank
-    u, sizes, v = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
-    root = jnp.sqrt(sizes[..., :rank] / scale)
-    a, b = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
-    residual = w - scale * jnp.einsum("...ir,...ro->...io", a, b, precision="highest")
-    return LowRank(residual.astype(w.dtype), a, b, jnp.full(stack, scale, jnp.float32))
+    scale = alpha / rank if rank else 0.0
+
+    def factors(w):
+        u, sizes, v = jnp.linalg.svd(w, full_matrices=False)
+        root = jnp.sqrt(sizes[..., :rank] / scale)
+        return u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
+
+    return _take_apart("pissa", w, rank, scale, factors)
+
+
+@register("kernel", "olora", paper="arXiv:2406.01775", start="rounded", plain=True)
+def olora(w, rng, *, rank=8, alpha=16.0):
+    """OLoRA: Wᵀ = Q R; B = the first ``rank`` columns of Q, transposed, A = those rows of R; W − s A B frozen, s = alpha / rank.
+
+    The published update is s A B with A and B unscaled, as PEFT has it. Raises UserError around another kernel.
+    """
+    del rng
+
+    def factors(w):
+        q, r = jnp.linalg.qr(jnp.swapaxes(w, -1, -2))
+        return jnp.swapaxes(r[..., :rank, :], -1, -2), jnp.swapaxes(q[..., :rank], -1, -2)
+
+    return _take_apart("olora", w, rank, alpha / rank if rank else 0.0, factors)

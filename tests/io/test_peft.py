@@ -63,11 +63,13 @@ def edit(folder, **changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; supported: LORA"),
-    ({"use_dora": True}, "use_dora True is not supported"),
+    ({"peft_type": "PREFIX_TUNING"}, "peft_type 'PREFIX_TUNING' is not supported; supported: LORA, LOHA"),
+    ({"use_dora": True}, "lacks lora_magnitude_vector"),
+    ({"use_qalora": True}, "use_qalora True is not supported"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out True is not supported"),
     ({"bias": "all"}, "bias 'all' is not supported; supported: none"),
     ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' moves the base weights"),
+    ({"init_lora_weights": "corda"}, "'corda' moves the base weights"),
     ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     ({"lora_alpha": "8"}, "lora_alpha is '8'"),
     ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]"),
@@ -136,7 +138,7 @@ def test_save_refuses_what_peft_has_no_place_for(tmp_path):
         peft.save_adapter(out, model, {**params, "taps": {"x": jnp.ones(2)}}, "b")
     moved = jax.tree.map(lambda x: x, params, is_leaf=is_kernel)
     q = params["layers"]["attn"]["q"]["kernel"]
-    moved["layers"]["attn"]["q"] = {"kernel": q.replace(base=q.base + 1)}
+    moved["layers"]["attn"]["q"] = {"kernel": q.replace(base=q.base * (1 + jnp.arange(q.base.size).reshape(q.base.shape) % 7))}
     with pytest.raises(UserError, match="frozen matrix under the adapter is not that of the base"):
         peft.save_adapter(out, model, moved, "b", base=base)
     biased, base, params = build(RAW | {"attention_bias": True})
@@ -148,6 +150,63 @@ def test_save_refuses_what_peft_has_no_place_for(tmp_path):
     with pytest.raises(UserError, match="mlm/bias was trained, and PEFT cannot hold an MLM head"):
         peft.save_adapter(out, mlm, params, "b", base=base)
     assert not out.exists()
+
+
+def test_mixed_kinds_and_scaled_biases_are_refused(tmp_path):
+    rules = [("layers/attn/q/kernel", "lora(rank=2)"), ("layers/attn/v/kernel", "ia3")]
+    model, base, params = build(rules=rules)
+    with pytest.raises(UserError, match="v_proj: a IA3 adapter beside LORA; PEFT's file holds one kind"):
+        peft.save_adapter(tmp_path, model, params, "b", base=base)
+    model, base, params = build(RAW | {"attention_bias": True}, rules=rules[1:])
+    with pytest.raises(UserError, match=r"layers/attn/v/kernel: PEFT's \(IA\)³ scales the bias too"):
+        peft.save_adapter(tmp_path, model, params, "b", base=base)
+    rules = [("layers/attn/q/kernel", "oft(block=4)"), ("layers/attn/v/kernel", "oft(block=2)")]
+    model, base, params = build(rules=rules)
+    with pytest.raises(UserError, match="v_proj: the block is 2 and 4 for other matrices; PEFT's config holds one for all"):
+        peft.save_adapter(tmp_path, model, params, "b", base=base)
+
+
+@pytest.mark.parametrize("rule, changes, tensors, message", [
+    ("vera(rank=2)", {}, ["vera_A"], "lacks vera_A, which PEFT then draws from torch's random numbers"),
+    ("oft(block=4)", {"coft": True}, [], "coft True is not supported"),
+    ("oft(block=4, terms=5)", {"num_cayley_neumann_terms": 1}, [], "num_cayley_neumann_terms is 1; a series has at least 2"),
+    ("loha(rank=2)", {"alpha": None}, [], "alpha is None"),
+    ("loha(rank=2)", {}, ["hada_w2_a"], "lacks hada_w2_a"),
+    ("lokr(rank=8)", {}, ["lokr_w1"], "lacks lokr_w1, or lokr_w1_a and lokr_w1_b"),
+    ("ia3", {}, [("ia3_l", 5)], r"ia3_l \[5, 1\] do not fit the model's matrix of 8x8: an adapter for another base"),
+    ("shira(rank=1)", {}, ["shira_indices"], "lacks shira_indices"),
+    ("miss(rank=4)", {}, [("miss_block", (4, 6))], r"miss_block \[4, 6\] is not for a matrix of 8 outputs"),
+])  # fmt: skip
+def test_unfit_files_of_other_kinds(tmp_path, rule, changes, tensors, message):
+    """One line that names the field or tensor; what is cut or left out lies in the file of the first layer's q."""
+    model, base, params = build(rules=[("layers/attn/q/kernel", rule)])
+    peft.save_adapter(tmp_path, model, params, "b", base=base)
+    assert tree.flatten(peft.load_adapter(tmp_path, model, base)).keys() == tree.flatten(params).keys()
+    edit(tmp_path, **changes)
+    checkpoint = safetensors.Checkpoint(tmp_path / "adapter_model.safetensors")
+    held = {n: (checkpoint.integers if n.endswith("_indices") else checkpoint.read)(n) for n in checkpoint.names}
+    for change in tensors:
+        name, size = change if isinstance(change, tuple) else (change, None)
+        key = next(k for k in held if k.endswith(name))
+        if size is None:
+            del held[key]
+        else:
+            held[key] = np.ones((size, 1) if isinstance(size, int) else size, np.float32)
+    safetensors.save(tmp_path, held.items(), stem="adapter_model")
+    with pytest.raises(UserError, match=message):
+        peft.load_adapter(tmp_path, model, base)
+
+
+def test_a_layer_left_out_keeps_its_matrix(tmp_path):
+    """Of every form that zeros would change."""
+    for rule, words in (("ia3", "ia3_l"), ("dora(rank=2)", "lora_"), ("boft(block=4, factors=1)", "boft_"), ("vera(rank=2)", "vera_lambda")):
+        model, base, params = build(rules=[("layers/attn/q/kernel", rule)])
+        folder = tmp_path / words
+        peft.save_adapter(folder, model, jax.tree.map(lambda x: x, params), "b", base=base)
+        held = {n: x for n, x in safetensors.Checkpoint(folder / "adapter_model.safetensors").items() if ".1." not in n or words not in n}
+        safetensors.save(folder, held.items(), stem="adapter_model")
+        q = peft.load_adapter(folder, model, base)["layers"]["attn"]["q"]["kernel"]
+        np.testing.assert_allclose(q.dense()[1], base["layers"]["attn"]["q"]["kernel"][1], rtol=0, atol=1e-6)
 
 
 def test_failed_save_keeps_the_old(tmp_path, monkeypatch):

@@ -1,0 +1,68 @@
+"""Trees with kernels for tests: any registered kernel on small random matrices, away from its start."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ft_jax import kernels, masks, registry
+
+D_IN, D_OUT, LAYERS = 24, 16, 3
+
+
+def matrix(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def covariance(w):
+    """Second moments of 400 correlated activations for each matrix of ``w``."""
+    *stack, d_in, _ = w.shape
+    x = matrix(*stack, 400, d_in, seed=7) @ matrix(d_in, d_in, seed=8)
+    return jnp.swapaxes(x, -1, -2) @ x / 400
+
+
+# What methods with the trait ``needs`` are handed.
+DATA = {"covariance": covariance}
+
+
+def trait(name, which):
+    return registry.get("kernel", name).traits[which]
+
+
+def hyperparameters(name):
+    """The method's defaults, changed to fit small matrices; data left out."""
+    method = registry.get("kernel", name)
+    return {k: v for k, v in (method.hyperparameters | method.traits["fit"]).items() if k not in method.traits["needs"]}
+
+
+def put(params, text, seed=0, fit=True):
+    """``params`` with the kernel ``"name"`` or ``"name(hp)"`` on all matrices; a name alone gets values that fit, if ``fit``."""
+    name, hp = kernels.parse_rule(text)
+    if fit and not hp:
+        text = "{}({})".format(name, ", ".join(f"{k}={v}" for k, v in trait(name, "fit").items()))
+    if not trait(name, "needs"):
+        return kernels.adapt(params, [(".*kernel", text)], jax.random.key(seed))
+    _, hp = kernels.parse_rule(text)
+    return jax.tree.map(
+        lambda w: registry.call("kernel", name, w, jax.random.key(seed), **hp, **{n: DATA[n](w) for n in trait(name, "needs")}),
+        params, is_leaf=kernels.is_kernel,
+    )  # fmt: skip
+
+
+@functools.cache
+def adapted(*names, shape=(D_IN, D_OUT), seed=0):
+    """``{"w": {"kernel": …}}`` with one kernel after the other put around a random matrix."""
+    params = {"w": {"kernel": matrix(*shape)}}
+    for i, name in enumerate(names):
+        params = put(params, name, seed + i)
+    return params
+
+
+def moved(params, seed=1, size=0.3):
+    """The same tree with every trainable field away from its start."""
+    mask = masks.declared(params, 0)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda m, x: x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype) if m else x, mask, params
+    )
