@@ -62,7 +62,8 @@ def hft(trainable, step, *, period=200, seed=0):
     """Half fine-tuning: in each layer half of the attention's, of the MLP's and of the norms' modules, drawn each period.
 
     Of an odd number of modules half of the layers train one more than the others; a bias goes with its matrix.
-    Embeddings, head and what is no layer train throughout; moments restart with every draw.
+    Embeddings, head and what is no layer train throughout; moments restart with every draw. No code was published: the
+    grouping is read from the paper's text.
     """
     _positive("hft", period=period)
     layers, paths = _layers(trainable, "hft")
@@ -121,7 +122,10 @@ def cofitune(trainable, step, *, modules="mlp", low=0.25, high=0.5):
 
 @register("mask", "k_fpf", paper="arXiv:2304.04158", gate=True)
 def k_fpf(trainable, step, *, modules=4, scores=""):
-    """FPF's choice: the ``modules`` matrices (a layer's one each) that change most in a run, by mean |θ_run - θ_0|."""
+    """FPF's choice: the ``modules`` matrices (a layer's one each) that change most in a run, by mean |θ_run - θ_0|.
+
+    No code was published: that the change is averaged over a module's entries is read from the paper's text.
+    """
     del step
     _positive("k_fpf", modules=modules)
     found = _module_scores(trainable, scores_of(scores, "change", trainable), lambda x: np.abs(x).mean())
