@@ -41,12 +41,13 @@ def save_adapter(folder, model, params, base_name, *, base=None, use_rslora=Fals
 
     base_name: what ``base_model_name_or_path`` says. base: the plain base parameters; other leaves that differ from
     them (classification and prototype heads always) are stored whole, as ``modules_to_save``; norms alone are PEFT's
-    LN tuning. LoRA around a moved base (PiSSA, OLoRA, CorDA) becomes LoRA of twice the rank around ``base``. UserError for what PEFT has no place for: taps, other or nested kernels, several kinds of kernel, a moved
-    base under an adapter, MLM heads.
+    LN tuning. LoRA around a moved base (PiSSA, OLoRA, CorDA) becomes LoRA of twice the rank around ``base``. UserError
+    for what PEFT has no place for: taps, other or nested kernels, several kinds of kernel, a moved base under an
+    adapter, MLM heads, a run that trained more than norms without a kernel.
     """
     found, whole = _collect(model.config, params, None if base is None else tree.flatten(base))
     norms = sorted({_module_to_save(name) for name in whole if _is_norm(name)})
-    if not found and not norms:
+    if not found and (not norms or any(not _is_norm(name) for name in whole.keys() - _heads(model.config))):
         raise UserError(f"the parameters hold no LoRA kernel and none of PEFT's others, so there is no adapter to write; {MERGED}")
     kind = _kind_of(found) if found else KINDS["LN_TUNING"]
     saved = sorted({_module_to_save(name) for name in whole} - {"prototype"} - set(() if found else norms))
@@ -68,6 +69,11 @@ def save_adapter(folder, model, params, base_name, *, base=None, use_rslora=Fals
     with files.replacing(folder / "adapter_config.json") as temporary:
         files.write_json(temporary, config)
         safetensors.save(folder, sorted(held.items()), stem="adapter_model")
+
+
+def _heads(config):
+    return {layout.saved_name(config, row.name) for row in layout.tensors(config)
+            if config.head in ("classification", "prototype") and row.path.startswith(hf.HEAD_LEAVES[config.head])}  # fmt: skip
 
 
 def _is_norm(name):

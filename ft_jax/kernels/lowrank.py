@@ -173,7 +173,7 @@ def pissa(w, rng, *, rank=8, alpha=16.0):
 
 @register("kernel", "olora", paper="arXiv:2406.01775", start="rounded", plain=True)
 def olora(w, rng, *, rank=8, alpha=16.0):
-    """OLoRA: Wᵀ = Q R; B = the first ``rank`` columns of Q, transposed, A = those rows of R; W − s A B frozen, s = alpha / rank.
+    """OLoRA: Wᵀ = Q R; B = the first ``rank`` columns of Q, A = those rows of R; W − s A B frozen, s = alpha / rank.
 
     The published update is s A B with A and B unscaled, as PEFT has it. Raises UserError around another kernel.
     """

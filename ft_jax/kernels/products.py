@@ -215,7 +215,7 @@ class RandomBases(Kernel):
         return dense(self.base) + self.scale[..., None, None] * jnp.matmul(left, right, precision="highest")
 
 
-@register("kernel", "randlora", paper="arXiv:2502.00987", fit={"rank": 4}, flops=1.4)
+@register("kernel", "randlora", paper="arXiv:2502.00987", fit={"rank": 4, "alpha": 80.0}, flops=1.4)
 def randlora(w, rng, *, rank=32, alpha=640.0, seed=0):
     """RandLoRA: W + (alpha / rank) · Σ_j B_j diag(λ_j) A diag(γ_j), J = ⌈min / rank⌉ random bases, λ = 0, γ = 1 / max(J, min).
 

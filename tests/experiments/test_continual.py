@@ -182,7 +182,7 @@ def test_the_page_shows_what_there_is(tmp_path):
     assert continual.sections(context(tmp_path / "none", {})) == []
     runs = {n: v for n, v in falls((0.01, 0.03), (0.6, 0.6)).items() if "lora_r8" not in n}
     ((heading, blocks),) = continual.sections(context(tmp_path, runs))
-    html = page.page("t", [(heading, blocks)])
+    html = page.page("t", [(heading, blocks)]).replace("&nbsp;", " ")
     assert heading == "2 tasks in sequence" and "LoRA r = 8" not in html
     assert "LoRA r = 1 keeps least of the earlier tasks: -60.0 points" in html and "is below that of the base model" not in html
     assert "−2.0 ± 1.4" in html.replace("-2.0", "−2.0")
