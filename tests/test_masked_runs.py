@@ -38,7 +38,7 @@ def last(workdir):
     return tree.flatten(params)
 
 
-@pytest.mark.parametrize("mask", ["lisa(n=1,period=3)", "hft(period=3)+random(share=0.5)"])
+@pytest.mark.parametrize("mask", ["lisa(n=1,period=3)", pytest.param("hft(period=3)+random(share=0.5)", marks=pytest.mark.slow)])
 def test_a_run_stopped_inside_a_period_resumes_bit_for_bit(mask, home, monkeypatch):
     name = mask.split("(")[0]
     train.train(config(home, mask), home / name)
@@ -63,6 +63,7 @@ def test_a_run_stopped_inside_a_period_resumes_bit_for_bit(mask, home, monkeypat
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_layers_that_no_round_drew_are_those_of_the_base(home):
     """Four steps of one round: the layers drawn for it move, the others are bit for bit the start."""
     summary = train.train(config(home, "lisa(n=1,period=20)", steps=4), home / "one_round")
@@ -76,6 +77,7 @@ def test_layers_that_no_round_drew_are_those_of_the_base(home):
     assert on.sum() == 1 and summary["steps"] == 4
 
 
+@pytest.mark.slow
 def test_top_layers_are_drawn_anew_and_rebuilt_alike(home):
     """N(0, 0.02) matrices, norms of scale 1 and bias 0 in the top layers; the others as the base has them."""
     spec = train.recipe.of_config(train.complete(config(home, "rules")))
@@ -102,6 +104,7 @@ def test_a_mask_that_freezes_all_that_a_kernel_adds_is_refused(method, home):
         train.recipe.build(train.recipe.of_config(cfg))
 
 
+@pytest.mark.slow
 def test_lt_sft_is_two_runs_and_differences_add_up(home, tmp_path):
     """Phase one as it is, its largest changes as a mask, phase two from the base again: elsewhere the base bit for bit."""
     first = config(home, "rules", method={"trainable": (("(layers|head|pooler)/.*", True),)})
@@ -123,6 +126,7 @@ def test_lt_sft_is_two_runs_and_differences_add_up(home, tmp_path):
         np.testing.assert_allclose(x, np.asarray(full[path]) + np.asarray(sparse[path]) - np.asarray(base[path]), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_scores_are_means_over_examples_in_numpy(home):
     """One gradient an example; the Fisher scores its squares' mean, the gradient scores its mean."""
     cfg = train.ready(config(home, "rules", model={"path": str(home / "bert"), "head": "classification", "dropout": True}))

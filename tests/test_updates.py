@@ -178,6 +178,7 @@ def test_drift_pulls_each_matrix_towards_the_prior(tmp_path):
 # Differential privacy
 
 
+@pytest.mark.slow
 def test_dp_clips_every_example_by_itself():
     """Without noise: the numpy mean of clipped gradients of single examples, however the batch is cut up."""
     objective, params, mask, batch = of_task("classification")

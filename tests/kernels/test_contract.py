@@ -24,7 +24,10 @@ KERNELS = [m.name for m in registry.methods("kernel")]
 PLAIN = [n for n in KERNELS if trait(n, "plain")]
 # Each kernel around `lora` and `lora` around each: that any pair nests follows, for a kernel sees another as dot and dense.
 NESTED = [(n, "lora") for n in KERNELS] + [("lora", n) for n in KERNELS if n not in (*PLAIN, "lora")]
-EVERY = [(n,) for n in KERNELS] + NESTED
+EVERY = [(n,) for n in KERNELS] + [pytest.param(pair, marks=pytest.mark.slow) for pair in NESTED]
+# What a fast run compiles for devices and through a whole model: a kernel of each make.
+MADE = ("lora", "dora", "loha", "oft", "bone", "sparse", "nf4", "polytropon")
+COSTLY = [n if n in MADE else pytest.param(n, marks=pytest.mark.slow) for n in KERNELS]
 
 
 def fields_of(*names):
@@ -45,7 +48,8 @@ def exact(x, kernel):
     return np.asarray(x, np.float64) @ np.asarray(kernel.dense(), np.float64)
 
 
-@pytest.mark.parametrize("names, stack", [(n, ()) for n in EVERY] + [((n,), (LAYERS,)) for n in KERNELS],
+@pytest.mark.parametrize("names, stack", [((n,), stack) for n in KERNELS for stack in ((), (LAYERS,))]
+                         + [pytest.param(pair, (), marks=pytest.mark.slow) for pair in NESTED],
                          ids=lambda x: "+".join(map(str, x)) or "single")  # fmt: skip
 def test_the_start_is_as_declared(names, stack):
     params = adapted(*names, shape=(*stack, D_IN, D_OUT))
@@ -90,7 +94,7 @@ def test_dot_is_product_with_dense(names):
     assert kernel.dense().dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", COSTLY)
 def test_a_stack_is_scanned_and_mapped_layer_by_layer(name):
     kernel, x = moved(adapted(name, shape=(LAYERS, D_IN, D_OUT)))["w"]["kernel"], matrix(LAYERS, 5, D_IN, seed=2)
     expected = exact(x, kernel)
@@ -151,7 +155,7 @@ def full_flops():
     return counted
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", COSTLY)
 def test_a_step_costs_no_more_than_declared(name, full_flops):
     """Below 0.75 the base is neither differentiated nor materialised; what a method declares above that, it needs."""
     share = mlp_flops(name) / full_flops
@@ -164,7 +168,7 @@ def test_the_count_would_see_a_materialised_weight(full_flops):
     assert mlp_flops("lora", multiply=lambda w, x: x @ w.dense()) > full_flops
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", COSTLY)
 def test_jit_remat_vmap_and_sharding_leave_the_loss_alone(name):
     weights = {n: {"kernel": matrix(LAYERS, 32, 32, seed=i) * 0.2} for i, n in enumerate(("q", "out"))}
     params = put({"layers": {"attn": weights}}, name)
@@ -216,6 +220,7 @@ SITES = ("attn/q", "attn/k", "attn/v", "attn/out", "mlp/up", "mlp/down")
 GROUPS = [KERNELS[i : i + len(SITES)] for i in range(0, len(KERNELS), len(SITES))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", GROUPS, ids="+".join)
 def test_a_merged_model_gives_the_logits_of_the_unmerged_one(names):
     """One encoder carries several kernels, each on a matrix of its own; merged in float32."""

@@ -13,6 +13,7 @@ from ft_jax.io import files, hf, peft, safetensors
 from ft_jax.io.peft_kinds import KINDS
 from ft_jax.kernels import orthogonal
 
+pytestmark = pytest.mark.slow
 transformers.utils.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
 LLAMA = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
