@@ -15,7 +15,6 @@ import urllib.request
 
 from ft_jax.errors import UserError, one_line
 
-STANDARD = "https://pypi.org/simple"  # pip's own default
 ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.2"  # PEP 691, else PEP 503
 ATTEMPTS = 3
 
@@ -28,9 +27,11 @@ def fetch(project, filename, folder, limit):
     """
     given, said = _pip_settings(), []
     links = given.get("find-links", "").split()
-    indexes = [given.get("index-url") or STANDARD, *given.get("extra-index-url", "").split()]
     if given.get("no-index", "").lower() in ("1", "true", "yes", "on"):
         indexes = []
+    else:
+        first = given.get("index-url") or _standard()
+        indexes = [*([first] if first else []), *given.get("extra-index-url", "").split()]
     pages = [*links, *(f"{url.rstrip('/')}/{re.sub(r'[-_.]+', '-', project).lower()}/" for url in indexes)]
     for page in pages:
         try:
@@ -52,6 +53,14 @@ def _pip_settings():
     found = re.findall(r"^(:env:|global|download)\.([\w-]+)=(['\"])(.*)\3$", done.stdout, re.MULTILINE)
     order = {"global": 0, "download": 1, ":env:": 2}
     return {name: value.replace("\\n", " ") for _, name, _, value in sorted(found, key=lambda row: order[row[0]])}
+
+
+def _standard():
+    """The index that pip looks in unless its settings name another, as its help says it; None where it says none."""
+    done = subprocess.run([sys.executable, "-m", "pip", "download", "--help"], capture_output=True, text=True, check=False,
+                          env=os.environ | {"COLUMNS": "300"})  # fmt: skip
+    found = re.search(r"--index-url\b[^()]*\(default\s+(\S+?)\)", done.stdout)
+    return found and found[1]
 
 
 def _url(place):

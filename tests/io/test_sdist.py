@@ -139,3 +139,9 @@ def test_too_large(shop, index, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_INDEX_URL", index)
     with pytest.raises(UserError, match="larger than 0 MB"):
         sdist.fetch("Tiny.asset", FILE, tmp_path, limit=10)
+
+
+def test_the_standard_index_is_pips():
+    from pip._internal.models.index import PyPI
+
+    assert sdist._standard() == PyPI.simple_url
