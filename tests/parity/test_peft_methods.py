@@ -7,6 +7,7 @@ import peft as hf_peft
 import pytest
 import torch
 import transformers
+from peft.tuners.boft import layer as hf_boft
 
 from ft_jax import kernels, masks, tree
 from ft_jax.io import files, hf, peft, safetensors
@@ -16,6 +17,7 @@ from ft_jax.kernels import orthogonal
 pytestmark = pytest.mark.slow
 transformers.utils.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()
+hf_boft.get_fbd_cuda = lambda: None  # else PEFT compiles a CUDA extension on first use, which a CPU machine may not even start to
 LLAMA = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.2,
          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
