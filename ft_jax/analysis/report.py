@@ -73,8 +73,34 @@ tbody tr + tr td { border-top: .5px solid var(--rule); }
 td.n { white-space: nowrap; }
 sup { font-size: .72em; line-height: 0; }
 code { font: .88em/1.4 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; overflow-wrap: anywhere; }
+figure.wide:has(table.sortable) { width: min(94vw, 76rem); margin-left: calc(50% - min(47vw, 38rem)); }
+table.sortable th { cursor: pointer; }
+th[aria-sort=ascending]::after { content: " \\2191"; }
+th[aria-sort=descending]::after { content: " \\2193"; }
 details summary { cursor: pointer; color: var(--soft); margin: 1rem 0 .5rem; }
 """
+
+
+_SORT = """<script>
+for (const head of document.querySelectorAll("table.sortable th")) {
+  head.tabIndex = 0;
+  const value = row => {
+    const shown = row.cells[head.cellIndex].textContent.replace("\u2212", "-").replace(/,/g, "");
+    return Number.isNaN(parseFloat(shown)) ? shown.toLowerCase() : parseFloat(shown);
+  };
+  const sort = () => {
+    const up = head.getAttribute("aria-sort") !== "ascending", body = head.closest("table").tBodies[0];
+    for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const order = (a, b) => (typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "string" ? 1 : -1);
+    const rows = [...body.rows].map(row => [value(row), row]);
+    const last = ([v]) => v === "\u2013" || v === "";  // dashes stay below either way
+    rows.sort((a, b) => last(a) - last(b) || (up ? 1 : -1) * order(a[0], b[0])).forEach(([, row]) => body.append(row));
+  };
+  head.addEventListener("click", sort);
+  head.addEventListener("keydown", key => key.key === "Enter" && sort());
+}
+</script>"""
 
 
 class Html(str):
@@ -128,10 +154,11 @@ def _spec(values):
     return f",.{decimals}f"
 
 
-def table(rows, columns, caption=None):
+def table(rows, columns, caption=None, sortable=False):
     """A table: ``rows`` are dicts, ``columns`` keys or ``(key, heading)`` or ``(key, heading, format)``.
 
-    A missing value, None or NaN shows as a dash. Without a format, a column's floats share their decimals.
+    A missing value, None or NaN shows as a dash. Without a format, a column's floats share their decimals. ``sortable``:
+    a click on a heading sorts by it, a second one the other way round.
     """
     columns = [(c, c) if isinstance(c, str) else tuple(c) for c in columns]
     head, specs, right = [], {}, {}
@@ -147,7 +174,8 @@ def table(rows, columns, caption=None):
         cells = (f'<td{" class=n" if right[k] else ""}>{number(row.get(k), specs[k]).replace(" ±", "&nbsp;±")}</td>' for k, *_ in columns)
         body.append(f"<tr>{''.join(cells)}</tr>")
     title = f"<caption>{_safe(caption)}</caption>" if caption else ""
-    return Html(f'<figure class="wide"><table>{title}<thead><tr>{"".join(head)}</tr></thead>'
+    sort = " class=sortable" if sortable else ""
+    return Html(f'<figure class="wide"><table{sort}>{title}<thead><tr>{"".join(head)}</tr></thead>'
                 f"<tbody>{''.join(body)}</tbody></table></figure>")
 
 
@@ -237,7 +265,7 @@ def page(title, sections, subtitle=None):
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_safe(title)}</title><style>{_SHEET}</style></head>\n<body><main>\n" + "\n".join(parts)
-        + "\n</main></body></html>\n")
+        + f"\n</main>{_SORT if any('<table class=sortable>' in p for p in parts) else ''}</body></html>\n")
 
 
 def write(path, markup):

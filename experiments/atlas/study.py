@@ -1,0 +1,46 @@
+"""Every way to adapt a network, on the same base, data and compute: a part for each method on each task."""
+
+import functools
+
+from experiments.atlas import report, running
+from experiments.atlas.settings import METHODS, SCALES
+from experiments.study import Study
+
+
+def part(task, method):
+    """Name of the part that holds a method's runs."""
+    kept = "".join(c if c.isalnum() else "_" for c in method.replace("²", "2").replace("³", "3"))
+    return f"{task}_{'_'.join(filter(None, kept.split('_')))}"
+
+
+def parts(setting):
+    out = {}
+    for name, task in setting.tasks.items():
+        out[f"{name}_base"] = functools.partial(_call, running.reference, task)
+        if any("scores=" in METHODS[m][1] for m in task.methods):
+            out[f"{name}_scores"] = functools.partial(_call, running.scores, task)
+        for method in task.methods:
+            out[part(name, method)] = functools.partial(_method, name, task, method)
+    return out
+
+
+def _call(fn, task, context):
+    return fn(context, task)
+
+
+def _method(name, task, method, context):
+    if "scores=" in METHODS[method][1]:
+        context.value(f"{name}_scores")
+    return running.method(context, name, task, method)
+
+
+def found(context):
+    """``{task: {method: value}}`` of the parts that are done."""
+    return {name: {m: value for m in task.methods if (value := context.get(part(name, m)))} for name, task in context.setting.tasks.items()}
+
+
+STUDY = Study(
+    name="atlas",
+    question="What do a hundred ways to adapt a network reach, forget, cost and leave in the weights, all measured alike?",
+    scales=SCALES, parts=parts, page=lambda context: report.build(context, found(context)),
+)  # fmt: skip
