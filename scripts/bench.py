@@ -36,9 +36,9 @@ def _spectral_7b(args):
 def _population(args):
     from scripts.benches import population
 
-    for row in population.rows(rounds=args.repeats):
-        yield {"name": row["what"], "ours": [row["ours"]], "peer": [row["peer"]], "unit": row["unit"],
-               "peer_name": "the same runs one after the other"}  # fmt: skip
+    for shape in population.SHAPES:
+        for row in population.rows(shape, rounds=args.repeats):
+            yield {"name": f"{shape}, {row['what']}", **row["samples"], "unit": row["unit"], "peer_name": "the same runs one after the other"}
 
 
 # name -> function of the arguments that yields rows {name, ours, peer, peer_name, unit}: ours and peer are samples,
