@@ -75,7 +75,7 @@ def method(context, name, task, row):
     tried = _tried(context, task, row, folder)
     finite = [t for t in tried if t["loss"] is not None]
     if not finite:
-        return {"tried": tried, "rate": None, "runs": [], "cost": None}
+        return {"method": METHODS[row][1], "tried": tried, "rate": None, "runs": [], "cost": None}
     best = min(finite, key=lambda t: t["loss"])["rate"]
     done = population.train({f"seed{s}": config(context, task, row, s, best) for s in task.seeds}, folder / "seeds", label=f"{row}: seeds")
     world = open_world(context, task)
@@ -86,7 +86,7 @@ def method(context, name, task, row):
             continue
         _, params, _ = load_run(folder / "seeds" / run, which="last")
         runs.append({"seed": int(run[4:]), **{k: summary[k] for k in KEPT}, **world.measure(params)})
-    found = {"tried": tried, "rate": best, "runs": runs, "cost": cost(context, task, row, best)}
+    found = {"method": METHODS[row][1], "tried": tried, "rate": best, "runs": runs, "cost": cost(context, task, row, best)}
     shutil.rmtree(folder)  # what stays of the runs is what this part holds
     return found
 

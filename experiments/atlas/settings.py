@@ -91,16 +91,20 @@ class Task:
     model: str
     objective: str
     data: dict
-    methods: tuple[str, ...]
     steps: int
     batch_size: int
     seeds: tuple[int, ...]
     line: str
+    methods: tuple[str, ...] = ()  # names of METHODS; none: all of them, so that a new row is a new part of a finished atlas
     test: tuple[str, int] = ("test", 400)  # split and number of examples
     forgetting: dict = dataclasses.field(default_factory=dict)  # what the base model was trained for, on other texts
     eval_batch: int = 50
     scored: int = 128  # training examples that masks' scores are taken from
     rates: tuple[float, ...] = RATES
+
+    @property
+    def rows(self):
+        return self.methods or tuple(METHODS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +117,7 @@ TOPICS = {"source": "bbc", "max_length": 32, "num_labels": 5, "limit": 1200, "ev
 SENTENCES = {"source": "winogrande", "max_length": 64, "packing": True, "limit": 1200, "eval_limit": 40, "append_eos": False}
 HALVES = {"source": "lambada", "texts": 96, "words": 36, "batch": 48, "length": 20}
 PASSAGES = {"source": "lambada", "max_length": 72, "eval_limit": 36, "append_eos": False}
-_MINILM = {"model": "minilm", "objective": "classification", "methods": tuple(METHODS), "steps": 40, "batch_size": 8,
+_MINILM = {"model": "minilm", "objective": "classification", "steps": 40, "batch_size": 8,
            "seeds": (0, 1, 2), "forgetting": HALVES}  # fmt: skip
 SUBSET = ("full", "LoRA r=1", "LoRA r=8", "DoRA", "PiSSA", "(IA)³", "QLoRA (NF4)", "BitFit", "LISA")
 SCALES = {
@@ -132,10 +136,10 @@ SCALES = {
         "mnli": Task(model="hf:FacebookAI/roberta-base", objective="classification",
                      data={"source": "tfds:glue/mnli", "text_field": "premise", "pair_field": "hypothesis", "num_labels": 3, "max_length": 256,
                            "splits": {"validation": "validation_matched", "test": "validation_mismatched"}, "limit": 100_000, "eval_limit": 2000},
-                     methods=tuple(METHODS), steps=5000, batch_size=32, seeds=(0, 1, 2), test=("test", 5000), forgetting=HALVES,
+                     steps=5000, batch_size=32, seeds=(0, 1, 2), test=("test", 5000), forgetting=HALVES,
                      eval_batch=64, scored=1024, line="RoBERTa-base on MNLI"),
         "sentences": Task(model="hf:meta-llama/Llama-3.2-1B", objective="causal_lm", data=SENTENCES | {"max_length": 512, "limit": 0, "eval_limit": 500},
-                          methods=tuple(METHODS), steps=1000, batch_size=16, seeds=(0, 1, 2), test=("validation", 500),
+                          steps=1000, batch_size=16, seeds=(0, 1, 2), test=("validation", 500),
                           forgetting=PASSAGES | {"max_length": 256, "eval_limit": 1000}, eval_batch=16, scored=512,
                           line="Llama-3.2-1B on WinoGrande as text"),
     }),

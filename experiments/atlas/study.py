@@ -5,6 +5,7 @@ import functools
 from experiments.atlas import report, running
 from experiments.atlas.settings import METHODS, SCALES
 from experiments.study import Study
+from ft_jax.errors import UserError
 
 
 def part(task, method):
@@ -17,9 +18,9 @@ def parts(setting):
     out = {}
     for name, task in setting.tasks.items():
         out[f"{name}_base"] = functools.partial(_call, running.reference, task)
-        if any("scores=" in METHODS[m][1] for m in task.methods):
+        if any("scores=" in METHODS[m][1] for m in task.rows):
             out[f"{name}_scores"] = functools.partial(_call, running.scores, task)
-        for method in task.methods:
+        for method in task.rows:
             out[part(name, method)] = functools.partial(_method, name, task, method)
     return out
 
@@ -35,8 +36,15 @@ def _method(name, task, method, context):
 
 
 def found(context):
-    """``{task: {method: value}}`` of the parts that are done."""
-    return {name: {m: value for m in task.methods if (value := context.get(part(name, m)))} for name, task in context.setting.tasks.items()}
+    """``{task: {method: value}}`` of the parts that are done; UserError for one that was made by another text than its row's."""
+    out = {}
+    for name, task in context.setting.tasks.items():
+        out[name] = {m: value for m in task.rows if (value := context.get(part(name, m)))}
+        for method, value in out[name].items():
+            if value["method"] != METHODS[method][1]:
+                raise UserError(f"the part {part(name, method)} was made by {value['method']!r}, and its row says {METHODS[method][1]!r} now: "
+                                "remove the part, or give the row another name")  # fmt: skip
+    return out
 
 
 STUDY = Study(
