@@ -152,13 +152,13 @@ class Setting:
     tasks: dict[str, Task]
 
 
-IMDB = {"source": "imdb", "max_length": 32, "truncation_side": "left", "num_labels": 2, "limit": 1200, "eval_limit": 200}
-SUBJECTS = {**tasks.settings("subjects"), "max_length": 24, "limit": 1200, "eval_limit": 200}
+IMDB = {"source": "imdb", "max_length": 32, "truncation_side": "left", "num_labels": 2, "limit": 1200, "eval_limit": 120}
+SUBJECTS = {**tasks.settings("subjects"), "max_length": 24, "limit": 1200, "eval_limit": 120}
 SENTENCES = {"source": "winogrande", "max_length": 64, "packing": True, "limit": 1200, "eval_limit": 40, "append_eos": False}
 HALVES = {"source": "lambada", "texts": 96, "words": 36, "batch": 48, "length": 20}
 PASSAGES = {"source": "lambada", "max_length": 72, "eval_limit": 36, "append_eos": False}
-_MINILM = {"model": "minilm", "objective": "classification", "steps": 60, "tuning_steps": 20, "batch_size": 8,
-           "seeds": (0, 1, 2), "forgetting": HALVES}  # fmt: skip
+_MINILM = {"model": "minilm", "objective": "classification", "steps": 48, "tuning_steps": 12, "batch_size": 8,
+           "seeds": (0, 1, 2), "test": ("test", 320), "eval_batch": 40, "forgetting": HALVES}  # fmt: skip
 SUBSET = ("full", "LoRA r=1", "LoRA r=8", "DoRA", "PiSSA", "(IA)³", "QLoRA (NF4)", "BitFit", "LISA")
 SCALES = {
     "smoke": Setting({"imdb": Task(**_MINILM | {
