@@ -1,5 +1,6 @@
 """The one engine: state, step and loop for every model, method and objective."""
 
+import dataclasses
 import functools
 import math
 import resource
@@ -225,6 +226,7 @@ def prepare(cfg, base=None, dry=False, start=None):
     model, params, mask, fingerprint = recipe.build(recipe.of_config(cfg), base, dry, start=start,
                                                    gather=calibrate.of_config(cfg, make_objective))
     jax.eval_shape(tx.init, tree.split(params, mask)[0])  # an update that this method does not suit says so
+    model = dataclasses.replace(model, ways=mesh.shape["data"] * mesh.shape["fsdp"])
     objective = make_objective(cfg, model, tok)
     limit = model.config.positions - sum(extend.lengths(params.get("taps", {})))
     if (length := pipeline.settings(cfg["data"])["max_length"]) > limit:

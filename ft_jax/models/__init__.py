@@ -30,12 +30,13 @@ class Model:
     """A pure function ``apply(params, inputs)`` and what decides its maths.
 
     ``dtype`` is what activations and matrix products use (weights stay as they are stored);
-    ``remat`` is one of none, dots, full: what the backward pass recomputes.
+    ``remat`` is one of none, dots, full: what the backward pass recomputes; ``ways``: devices that a batch's rows are spread over.
     """
 
     config: ModelConfig
     dtype: str = "float32"
     remat: str = "none"
+    ways: int = 1
 
     def __post_init__(self):
         for key, table in (("dtype", DTYPES), ("remat", REMAT)):
@@ -47,22 +48,25 @@ class Model:
         for site in capture:
             if site not in SITES:
                 raise UserError(f"no tap site {site!r}{nearest(site, SITES)}")
-        return _KINDS[self.config.kind][0](self.config, DTYPES[self.dtype], self.remat, tuple(capture))
+        return _KINDS[self.config.kind][0](self.config, DTYPES[self.dtype], self.remat, tuple(capture), self.ways)
 
-    def apply(self, params, inputs, rng=None, capture=()):
+    def apply(self, params, inputs, rng=None, capture=(), targets=None):
         """Logits (embeddings, hidden states) by ``config.head``; dropout only with an rng.
 
         Args:
           inputs: input_ids int32 [B,T], optional attention_mask, token_type_ids, positions, segment_ids (all [B,T]),
             and tasks int32 [B], which kernels that hold several tasks go by.
           capture: tap sites to return too; layer sites come stacked as [layers, B, T, …].
+          targets: ``(ids int32 [B,T], weights [B,T])`` of a language-model head, for a score instead of the logits.
         Returns:
-          the output, or ``(output, {site: array})`` with capture.
+          the output, or ``(output, {site: array})`` with capture; with targets it is `scored.cross_entropy`'s sums.
         Raises:
           UserError that names the leaf for a kernel of several tasks when neither ``inputs`` nor `route` say which.
         """
         params = route(params, inputs.get("tasks"))
-        out, seen = self._module(capture).apply({"params": params}, inputs, rng)
+        if targets is not None and self.config.head not in ("lm", "mlm"):
+            raise ValueError(f"targets are for a language-model head, and this model has {self.config.head!r}")
+        out, seen = self._module(capture).apply({"params": params}, inputs, rng, targets)
         return (out, seen) if capture else out
 
     def with_head(self, head, num_labels=None, label_ids=None, mask_id=None):

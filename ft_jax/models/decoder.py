@@ -5,7 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ft_jax.models import extend
+from ft_jax.kernels.base import dot
+from ft_jax.models import extend, scored
 from ft_jax.models import layers as L
 from ft_jax.models.config import ModelConfig
 
@@ -105,16 +106,23 @@ class Embeddings(nn.Module):
         return L.Embed(c.vocab_size, c.hidden_size, name="tokens")(ids, self.dtype)
 
 
+def lm_logits(head, x):
+    """Logits of the vocabulary from the tied ``table`` [V, D] of tokens or the ``kernel`` [D, V] of a head."""
+    y = x @ head["table"].T.astype(x.dtype) if "table" in head else dot(head["kernel"], x)
+    return y.astype(jnp.float32)
+
+
 class Decoder(nn.Module):
-    """Logits, embeddings or hidden states of a batch, by ``config.head``."""
+    """Logits, embeddings or hidden states of a batch, by ``config.head``; its score against ``targets`` where they are given."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     capture: tuple[str, ...] = ()
+    ways: int = 1
 
     @nn.compact
-    def __call__(self, inputs, rng=None):
+    def __call__(self, inputs, rng=None, targets=None):
         c, taps, ids = self.config, L.taps_of(self), inputs["input_ids"]
         skip = extend.lengths(taps)[0]
         tap, last = L.Tapped(taps, self.capture, skip), L.Tapped(taps, self.capture)
@@ -136,8 +144,14 @@ class Decoder(nn.Module):
         stacks = L.stacked_params(self, layer, c.num_layers, x, context, (first, None), None)
         x, seen = L.run_layers(layer, L.unfolded(stacks, taps), x, context, windows, rng, self.remat, given)
         x = last.side(L.RMSNorm(c.norm_eps, name="norm")(x[:, skip:]), {**seen, **tap.seen}, allowed)
+        if targets is not None and not last.wants("logits"):
+            return scored.cross_entropy(lm_logits, self.lm_head(), x, *targets, c.vocab_size, self.ways), last.noted
         y = last("logits", L.by_class(c, self.head(x, real), last))
-        return y, last.noted
+        return (y if targets is None else scored.sums(y, *targets)), last.noted
+
+    def lm_head(self):
+        params = self.variables["params"]
+        return {"table": params["embed"]["tokens"]["embedding"]} if self.config.tie_embeddings else {"kernel": params["head"]["kernel"]}
 
     def head(self, x, real):
         c = self.config
@@ -148,12 +162,12 @@ class Decoder(nn.Module):
             return y if c.head == "pooled" else L.Dense(c.num_labels, name="head")(y)
         if c.head == "classification":  # read off the last real token, as transformers does
             return L.Dense(c.num_labels, False, name="head")(L.at(x, L.last_real(real))).astype(jnp.float32)
-        table = self.variables["params"]["embed"]["tokens"]["embedding"] if c.tie_embeddings else None
+        table = self.lm_head()["table"] if c.tie_embeddings else None
         if c.head == "label_words":  # the next token after the prompt
             x = L.at(x, L.last_real(real))
             if table is None:
                 return L.Columns(c.vocab_size, sum(c.words, ()), name="head")(x).astype(jnp.float32)
             table = table[jnp.asarray(sum(c.words, ()))]
         if table is not None:
-            return (x @ table.T.astype(x.dtype)).astype(jnp.float32)
+            return lm_logits({"table": table}, x)
         return L.Dense(c.vocab_size, False, name="head")(x).astype(jnp.float32)

@@ -1,12 +1,13 @@
 """Bidirectional encoders: BERT, RoBERTa, MiniLM."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ft_jax.models import extend
+from ft_jax.models import extend, scored
 from ft_jax.models import layers as L
 from ft_jax.models.config import ModelConfig
 
@@ -139,9 +140,10 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     capture: tuple[str, ...] = ()
+    ways: int = 1
 
     @nn.compact
-    def __call__(self, inputs, rng=None):
+    def __call__(self, inputs, rng=None, targets=None):
         c, taps = self.config, L.taps_of(self)
         extend.check(c, taps, inputs)
         skip = extend.lengths(taps)[0]
@@ -160,8 +162,12 @@ class Encoder(nn.Module):
         stacks = L.stacked_params(self, layer, c.num_layers, x, visible, ((), None), None)
         x, seen = L.run_layers(layer, L.unfolded(stacks, taps), x, visible, (), rng_layers, self.remat, given)
         own = last.side(x[:, skip:], {**seen, **tap.seen}, allowed)
+        if targets is not None and not last.wants("logits"):
+            params = self.variables["params"]
+            head = {"mlm": params["mlm"], "table": params["embed"]["tokens"]["embedding"]}
+            return scored.cross_entropy(functools.partial(mlm_logits, c), head, own, *targets, c.vocab_size, self.ways), last.noted
         y = last("logits", L.by_class(c, self.head(own, extend.first(taps, x, own), inputs["input_ids"], real, rng_head), last))
-        return y, last.noted
+        return (y if targets is None else scored.sums(y, *targets)), last.noted
 
     def head(self, x, first, ids, real, rng):
         c = self.config
@@ -194,3 +200,8 @@ class MaskedLM(nn.Module):
         if c.head == "label_words":
             table, bias = (w[jnp.asarray(sum(c.words, ()))] for w in (table, bias))
         return y @ table.T.astype(y.dtype) + bias
+
+
+def mlm_logits(config, head, x):
+    """Logits of the vocabulary from the weights of `MaskedLM` and the ``table`` [V, D] of tokens."""
+    return MaskedLM(config, parent=None).apply({"params": head["mlm"]}, x, head["table"]).astype(jnp.float32)

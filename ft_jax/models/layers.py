@@ -139,6 +139,10 @@ class Tapped:
             self.seen[site] = x[:, self.skip :] if self.skip else x
         return x
 
+    def wants(self, site):
+        """Whether a tap stands at a site or its activation was asked for."""
+        return site in self.taps or site in self.capture
+
     def side(self, x, seen, allowed):
         """The site ``side``: what its network reads is a constant to the gradient, so none goes down through the layers."""
         self.seen |= seen

@@ -1,6 +1,7 @@
 """What a run minimises: ``(apply, params, batch, rng, **hp) -> (loss, metrics)``.
 
-``apply(params, inputs, rng)`` returns logits. Every metric is a mean over ``metrics["weight"]`` units
+``apply(params, inputs, rng)`` returns logits; with ``targets=(ids, weights)`` [B,T] it returns sums over tokens, loss and
+accuracy, for which no logits of the whole batch need be held. Every metric is a mean over ``metrics["weight"]`` units
 (examples or target tokens), so that micro-batches and padded batches average exactly.
 """
 
@@ -17,9 +18,8 @@ def inputs_of(batch):
     return {k: batch[k] for k in INPUTS if k in batch}
 
 
-def _weighted(values, weights):
-    total = weights.sum()
-    return {k: (v * weights).sum() / jnp.maximum(total, 1e-9) for k, v in values.items()} | {"weight": total}
+def _means(sums, total):
+    return {k: v / jnp.maximum(total, 1e-9) for k, v in sums.items()} | {"weight": total}
 
 
 @register("objective", "classification", paper="maximum likelihood")
@@ -29,20 +29,18 @@ def classification(apply, params, batch, rng):
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     hits = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
     weights = batch.get("weight", jnp.ones_like(losses)).astype(jnp.float32)
-    metrics = _weighted({"loss": losses, "accuracy": hits}, weights)
+    metrics = _means({"loss": (losses * weights).sum(), "accuracy": (hits * weights).sum()}, weights.sum())
     return metrics["loss"], metrics
 
 
 @register("objective", "causal_lm", paper="maximum likelihood")
 def causal_lm(apply, params, batch, rng):
     """Cross-entropy of the next token where ``loss_mask`` [B,T] marks the target; metrics loss, accuracy (of tokens)."""
-    logits = apply(params, inputs_of(batch), rng)[:, :-1]
-    targets, mask = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:].astype(jnp.float32)
+    mask = batch["loss_mask"].astype(jnp.float32)
     if "weight" in batch:
         mask = mask * batch["weight"][:, None]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-    hits = (logits.argmax(-1) == targets).astype(jnp.float32)
-    metrics = _weighted({"loss": losses, "accuracy": hits}, mask)
+    targets = tuple(jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch["input_ids"], mask))  # the last position has none
+    metrics = _means(apply(params, inputs_of(batch), rng, targets=targets), targets[1].sum())
     return metrics["loss"], metrics
 
 
@@ -57,11 +55,9 @@ def mlm(apply, params, batch, rng, *, mask_token_id=103, vocab_size=30522, rate=
     u = jax.random.uniform(how, ids.shape)
     random_ids = jax.random.randint(random_key, ids.shape, 0, vocab_size, ids.dtype)
     corrupted = jnp.where(target & (u < 0.8), mask_token_id, jnp.where(target & (u >= 0.9), random_ids, ids))
-    logits = apply(params, {**inputs_of(batch), "input_ids": corrupted}, None if rng is None else drop)
     weights = target.astype(jnp.float32)
     if "weight" in batch:
         weights = weights * batch["weight"][:, None]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), ids)
-    hits = (logits.argmax(-1) == ids).astype(jnp.float32)
-    metrics = _weighted({"loss": losses, "accuracy": hits}, weights)
+    found = apply(params, {**inputs_of(batch), "input_ids": corrupted}, None if rng is None else drop, targets=(ids, weights))
+    metrics = _means(found, weights.sum())
     return metrics["loss"], metrics

@@ -99,8 +99,8 @@ def added(fn, model, dropout):
         pupils = {path: kernel for path, kernel in found.items() if kernel.learns_from}
         sites = tuple(sorted({site_of(path) for path in readers})) + ("block_out",) * bool(pupils)
 
-        def apply(params, inputs, rng):
-            out = model.apply(params, inputs, rng if dropout else None, capture=sites)
+        def apply(params, inputs, rng, targets=None):
+            out = model.apply(params, inputs, rng if dropout else None, sites, targets)
             if not sites:
                 return out
             taken.append(_read(readers, out[1], inputs))

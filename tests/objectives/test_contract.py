@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ft_jax import registry
+from ft_jax.models import scored
 from ft_jax.objectives import inputs_of
 from tests.helpers import MASK, VOCAB, assert_trees_close, make_batch, make_model
 
@@ -22,12 +23,12 @@ def setting(name, rows=6, length=12, seed=0):
     width = 2 if name == "classification" else VOCAB
     table = jnp.asarray(np.random.default_rng(seed).standard_normal((VOCAB, width)), jnp.float32)
 
-    def apply(params, inputs, rng):
+    def apply(params, inputs, rng, targets=None):
         logits = params["table"][inputs["input_ids"]]
         if rng is not None:
             logits = logits * jax.random.bernoulli(rng, 0.9, logits.shape)
         if width == VOCAB:
-            return logits
+            return logits if targets is None else scored.sums(logits, *targets)
         mask = inputs["attention_mask"][..., None]
         return (logits * mask).sum(1) / mask.sum(1)
 
@@ -77,9 +78,9 @@ def test_evaluation_repeats_itself_and_training_follows_its_key(name):
     assert float(with_key(1)) == float(with_key(1)) != float(with_key(2))
     given = []
 
-    def apply(params, inputs, rng):
+    def apply(params, inputs, rng, **options):
         given.append(rng)
-        return setting(name)[1](params, inputs, None)
+        return setting(name)[1](params, inputs, None, **options)
 
     objective(params, batch, None, apply)
     objective(params, batch, jax.random.key(0), apply)
@@ -109,7 +110,7 @@ def test_causal_lm_in_numpy_with_the_prompt_masked():
     expected = {"loss": np.mean(losses), "accuracy": np.mean(hits), "weight": len(targets)}
     assert {k: float(v) for k, v in metrics.items()} == pytest.approx(expected, rel=1e-5)
 
-    grads = jax.grad(lambda free: objective(free, batch, None, lambda p, i, r: p)[0])(jnp.zeros((6, 12, VOCAB)))
+    grads = jax.grad(lambda free: objective(free, batch, None, lambda p, i, r, targets: scored.sums(p, *targets))[0])(jnp.zeros((6, 12, VOCAB)))
     pulled = {(b, t + 1) for b, t in zip(*np.nonzero(np.abs(grads).sum(-1)), strict=True)}
     assert pulled == set(targets), "nothing pulls on what predicts the prompt"
 
@@ -119,9 +120,9 @@ def corrupted(rng, rows=64, length=128):
     objective, apply, params, batch = setting("mlm", rows, length)
     shown = []
 
-    def spy(params, inputs, rng):
+    def spy(params, inputs, rng, targets):
         shown.append(np.asarray(inputs["input_ids"]))
-        return apply(params, inputs, None)
+        return apply(params, inputs, None, targets)
 
     _, metrics = objective(params, batch, rng, spy)
     return shown[0], batch, params, metrics
