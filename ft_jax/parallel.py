@@ -1,17 +1,18 @@
-"""Sharding as data: a mesh (data, fsdp, tensor) and ordered rules from paths to axes."""
+"""Sharding as data: a mesh (data, fsdp, sequence, tensor) and ordered rules from paths to axes."""
 
 import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ft_jax import tree
 from ft_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+AXES = ("data", "fsdp", "sequence", "tensor")
+ROWS = ("data", "fsdp")  # the axes that a batch's rows are spread over; its tokens are over ``sequence``
 
 # Rules speak of a weight's last dimensions (leading stack axes stay whole); the first full match decides.
 # A kernel's fields inherit from its matrix: base as the matrix, a as its input side, b as its output side.
@@ -26,10 +27,14 @@ RULES = (
 )
 
 
-def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
-    """A Mesh over all devices, one size -1 meaning whatever is left; sizes that are all given may use fewer devices."""
+def make_mesh(data=-1, fsdp=1, tensor=1, sequence=1, devices=None):
+    """A Mesh over all devices, one size -1 meaning whatever is left; sizes that are all given may use fewer devices.
+
+    Of several slices the data axis runs over the slices first, so that between them only gradients travel; within one the
+    axes follow the chips' own network.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
     if any(s < 1 and s != -1 for s in sizes.values()) or list(sizes.values()).count(-1) > 1:
         raise UserError(f"mesh sizes are positive, at most one of them -1, not {sizes}")
     known = int(np.prod([s for s in sizes.values() if s != -1]))
@@ -40,7 +45,37 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
     needed = int(np.prod(shape))
     if needed < 1 or needed > len(devices) or (needed < len(devices) and (free or jax.process_count() > 1)):
         raise UserError(f"mesh {sizes} does not fit {len(devices)} devices")
-    return Mesh(np.asarray(devices[:needed]).reshape(shape), AXES)
+    return Mesh(_placed(shape, devices[:needed]), AXES)
+
+
+def _placed(shape, devices):
+    """Devices as an array of ``shape``, neighbours on the later axes near each other where devices say where they are."""
+    if not hasattr(devices[0], "coords"):
+        return np.asarray(devices).reshape(shape)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if shape[0] % slices:
+        raise UserError(f"mesh.data {shape[0]} is not a multiple of the {slices} slices that it runs over")
+    within = (shape[0] // slices, *shape[1:])
+    if slices == 1:
+        return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+
+
+def ways(mesh):
+    """How many shares a batch's rows are cut into; 1 without a mesh."""
+    return 1 if mesh is None else int(np.prod([mesh.shape[a] for a in ROWS]))
+
+
+def batch_spec(shape, mesh):
+    """PartitionSpec of rows and their tokens, ``[B, T, …]`` or ``[B]``; tokens that the axis does not divide stay whole."""
+    return P(ROWS, *("sequence" if n % mesh.shape["sequence"] == 0 else None for n in shape[1:2]))
+
+
+def spread(x, mesh):
+    """Activations ``[B, T, …]`` laid out as the batch is, so that weights are gathered and not activations; x without a mesh."""
+    if mesh is None or mesh.size == 1 or x.shape[0] % ways(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, batch_spec(x.shape, mesh)))
 
 
 def spec_of(path, shape, mesh, rules=RULES):
@@ -65,14 +100,14 @@ def shard(params, mesh, rules=RULES):
 
 
 def shard_batch(batch, mesh):
-    """This process's rows of a batch ``{name: [B, …]}`` as global arrays, split over data and fsdp."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
+    """This process's rows of a batch ``{name: [B, …]}`` as global arrays, rows over data and fsdp, tokens over sequence."""
+    return {k: jax.make_array_from_process_local_data(NamedSharding(mesh, batch_spec(np.shape(v), mesh)), np.asarray(v))
+            for k, v in batch.items()}  # fmt: skip
 
 
 def check_batch(batch_size, mesh):
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % ways:
+    shares = ways(mesh)
+    if batch_size % shares:
         raise UserError(
-            f"batch_size {batch_size} is not a multiple of data x fsdp = {ways}; nearest: {-(-batch_size // ways) * ways}"
+            f"batch_size {batch_size} is not a multiple of data x fsdp = {shares}; nearest: {-(-batch_size // shares) * shares}"
         )

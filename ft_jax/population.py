@@ -262,7 +262,7 @@ def _restore(member, base, first):
     _, params, mask, fingerprint = recipe.build(recipe.of_config(cfg), base, start=run.start,
                                              gather=calibrate.of_config(cfg, engine.make_objective))
     run.begin(started(params, cfg["method"]["kernels"]))
-    trainable, frozen = tree.split(params, mask)
+    trainable, frozen = tree.split(recipe.stored(params, mask, cfg["model"]["frozen_dtype"]), mask)
     opt_state = parts["tx"].init(trainable)
     meta = {"recipe": {**recipe.of_config(cfg), "fingerprint": fingerprint}, "best": None, "stale": 0}
     member.step = 0 if member.failed else first if member.active else run.latest("checkpoints")

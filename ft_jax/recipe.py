@@ -1,15 +1,16 @@
 """From a recipe (base, head, method, seed) to a model, its parameters and what of them trains."""
 
 import functools
+import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ft_jax import calibrate, kernels, masks, taps, tree
-from ft_jax.errors import UserError
+from ft_jax.errors import UserError, nearest
 from ft_jax.io import hf
-from ft_jax.models import Model
+from ft_jax.models import DTYPES, Model
 
 
 class Base(NamedTuple):
@@ -95,6 +96,21 @@ def build(recipe, base=None, dry=False, *, gather=None, start=None):
     mask = _mask(params, spec, method, base.drawn)
     taps.check_side(params, mask)
     return base.model, params, mask, base.fingerprint
+
+
+def stored(params, mask, dtype):
+    """The tree as a step holds it: frozen matrices and embeddings in ``dtype``; small leaves, and what trains, as they are."""
+    if dtype not in DTYPES:
+        raise UserError(f"model.frozen_dtype {dtype!r} is not supported{nearest(dtype, DTYPES)}")
+    if dtype == "float32":
+        return params
+    trains = tree.flatten(mask)
+
+    def cast(path, x):
+        frozen = not trains[path] and x.dtype == jnp.float32 and re.fullmatch(r".*/(kernel|base|embedding)", path)
+        return x if not frozen else jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(DTYPES[dtype])
+
+    return tree.map_with_path(cast, params)
 
 
 def _redraw(model, params, layers, rng):

@@ -24,15 +24,15 @@ from ft_jax.progress import Best, Clock
 # Every key a train config may hold, with its default; configs/train.py says what each one means.
 DEFAULTS = {
     "seed": 0, "steps": 200, "batch_size": 16, "accumulate": 1, "objective": "classification",
-    "model": {"path": "minilm", "head": "", "num_labels": 0, "label_ids": (), "dtype": "float32", "remat": "none",
-              "dropout": True}, "data": {},
+    "model": {"path": "minilm", "head": "", "num_labels": 0, "label_ids": (), "dtype": "float32", "frozen_dtype": "float32",
+              "remat": "none", "dropout": True}, "data": {},
     "method": {"name": "full", "kernels": (), "taps": (), "mask": "rules", "trainable": (), "freeze_layers": 0,
                "reinit_layers": 0, "start_examples": 256},
     "optimizer": {"name": "adamw", "learning_rate": 1e-5, "schedule": "linear", "warmup": 0.06, "clip": 1.0, "hp": {}},
     "eval": {"every": 50, "batch_size": 32, "metric": "loss", "patience": 0},
     "save": {"every": 100, "keep": 2},
     "log": {"every": 10, "tensorboard": True},
-    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+    "mesh": {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1},
 }  # fmt: skip
 OBJECTIVE_HEADS = {
     "classification": ("classification", "prototype", "label_words"), "causal_lm": ("lm",), "mlm": ("mlm",),
@@ -226,7 +226,9 @@ def prepare(cfg, base=None, dry=False, start=None):
     model, params, mask, fingerprint = recipe.build(recipe.of_config(cfg), base, dry, start=start,
                                                    gather=calibrate.of_config(cfg, make_objective))
     jax.eval_shape(tx.init, tree.split(params, mask)[0])  # an update that this method does not suit says so
-    model = dataclasses.replace(model, ways=mesh.shape["data"] * mesh.shape["fsdp"])
+    if not dry:  # a population lays its members out by itself
+        model = dataclasses.replace(model, mesh=mesh)
+    params = recipe.stored(params, mask, cfg["model"]["frozen_dtype"])
     objective = make_objective(cfg, model, tok)
     limit = model.config.positions - sum(extend.lengths(params.get("taps", {})))
     if (length := pipeline.settings(cfg["data"])["max_length"]) > limit:

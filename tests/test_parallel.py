@@ -1,5 +1,6 @@
 """Sharding on eight virtual devices: the rules, the mesh, and the same losses whatever the mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,8 @@ from ft_jax import kernels, parallel, registry, train, tree, updates
 from ft_jax.errors import UserError
 from tests.helpers import assert_trees_close, make_batch, make_model, make_objective, make_params
 
-MESHES = {"1 device": (1, 1, 1), "8 data": (8, 1, 1), "8 fsdp": (1, 8, 1), "2x2x2": (2, 2, 2)}
+# data, fsdp, tensor, sequence
+MESHES = {"1 device": (1, 1, 1, 1), "8 data": (8, 1, 1, 1), "8 fsdp": (1, 8, 1, 1), "2x2x2": (2, 2, 2, 1), "sequence": (1, 2, 2, 2)}
 STEPS = 6
 # task -> (family, objective, kernel rules)
 TASKS = {
@@ -25,7 +27,8 @@ TASKS = {
 def outcome(task, mesh_name):
     """(losses of STEPS steps, trained leaves as numpy, their shardings, shardings of the frozen leaves)."""
     family, name, rules = TASKS[task]
-    model, mesh = make_model(family, num_hidden_layers=2), parallel.make_mesh(*MESHES[mesh_name])
+    mesh = parallel.make_mesh(*MESHES[mesh_name])
+    model = dataclasses.replace(make_model(family, num_hidden_layers=2), mesh=mesh)
     params = kernels.adapt(make_params(model), rules, jax.random.key(1))
     mask = registry.call("mask", "rules", params, 0)
     trainable, frozen = tree.split(parallel.shard(params, mesh), mask)
@@ -55,8 +58,8 @@ def test_losses_are_the_same_on_every_mesh(task, mesh_name):
     sides = [{p: x for p, x in tree.flatten(t).items() if p != "layers/attn/k/bias"} for t in (again, trained)]
     assert_trees_close(*sides, rtol=0, atol=1e-4)
 
-    data, fsdp, tensor = MESHES[mesh_name]  # after all steps the weights are still cut up
-    assert {len(s.device_set) for s in (trainable | frozen).values()} == {data * fsdp * tensor}
+    data, fsdp, tensor, sequence = MESHES[mesh_name]  # after all steps the weights are still cut up
+    assert {len(s.device_set) for s in (trainable | frozen).values()} == {data * fsdp * tensor * sequence}
     lora = "LoRA" in task
     matrix = frozen["layers/mlp/up/kernel/base"] if lora else trainable["layers/mlp/up/kernel"]
     assert sharding_share(matrix, (2, 32, 48)) == 1 / (fsdp * tensor)
@@ -113,7 +116,8 @@ def test_spec_of(path, shape, expected):
 
 @pytest.mark.parametrize(
     "sizes, shape",
-    [({}, (8, 1, 1)), ({"fsdp": 4}, (2, 4, 1)), ({"data": 1, "tensor": -1}, (1, 1, 8)), ({"data": 2}, (2, 1, 1))],
+    [({}, (8, 1, 1, 1)), ({"fsdp": 4}, (2, 4, 1, 1)), ({"data": 1, "tensor": -1}, (1, 1, 1, 8)), ({"data": 2}, (2, 1, 1, 1)),
+     ({"sequence": 4}, (2, 1, 4, 1))],
 )
 def test_make_mesh_fills_what_is_left(sizes, shape):
     mesh = parallel.make_mesh(**sizes)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from ft_jax.errors import UserError, nearest
 from ft_jax.kernels.mixture import route
@@ -30,13 +31,14 @@ class Model:
     """A pure function ``apply(params, inputs)`` and what decides its maths.
 
     ``dtype`` is what activations and matrix products use (weights stay as they are stored);
-    ``remat`` is one of none, dots, full: what the backward pass recomputes; ``ways``: devices that a batch's rows are spread over.
+    ``remat`` is one of none, dots, full: what the backward pass recomputes; ``mesh`` is what activations are
+    laid out over.
     """
 
     config: ModelConfig
     dtype: str = "float32"
     remat: str = "none"
-    ways: int = 1
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         for key, table in (("dtype", DTYPES), ("remat", REMAT)):
@@ -48,7 +50,7 @@ class Model:
         for site in capture:
             if site not in SITES:
                 raise UserError(f"no tap site {site!r}{nearest(site, SITES)}")
-        return _KINDS[self.config.kind][0](self.config, DTYPES[self.dtype], self.remat, tuple(capture), self.ways)
+        return _KINDS[self.config.kind][0](self.config, DTYPES[self.dtype], self.remat, tuple(capture), self.mesh)
 
     def apply(self, params, inputs, rng=None, capture=(), targets=None):
         """Logits (embeddings, hidden states) by ``config.head``; dropout only with an rng.

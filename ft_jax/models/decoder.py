@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ft_jax import parallel
 from ft_jax.kernels.base import dot
 from ft_jax.models import extend, scored
 from ft_jax.models import layers as L
@@ -47,6 +48,7 @@ class Layer(nn.Module):
     config: ModelConfig
     capture: tuple[str, ...] = ()
     skip: int = 0
+    shares: int = 1  # devices that activations are spread over
 
     @nn.compact
     def __call__(self, x, context, per_layer, rng):
@@ -56,7 +58,7 @@ class Layer(nn.Module):
         if window is not None:
             allowed = allowed & ((window == 0) | (distance < window))
         y = tap("attn_in", L.RMSNorm(c.norm_eps, name="attn_norm")(x))
-        x = self.joined("attn_out", x, Attention(c, name="attn")(y, allowed, cos, sin, prefix, tap, rng), tap)
+        x = self.joined("attn_out", x, Attention(c, self.shares, name="attn")(y, allowed, cos, sin, prefix, tap, rng), tap)
         y = tap("ffn_in", L.RMSNorm(c.norm_eps, name="mlp_norm")(x))
         x = self.joined("ffn_out", x, GatedMLP(c, name="mlp")(y, tap), tap)
         return tap("block_out", x), tap.seen
@@ -68,6 +70,7 @@ class Layer(nn.Module):
 
 class Attention(nn.Module):
     config: ModelConfig
+    shares: int = 1
 
     @nn.compact
     def __call__(self, x, allowed, cos, sin, prefix, tap, rng):
@@ -80,7 +83,7 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = (L.RMSNorm(c.norm_eps, name=f"{n}_norm")(y) for n, y in (("q", q), ("k", k)))
         k, v, allowed = extend.before_tokens(prefix, L.rotate(k, cos, sin), v, allowed)
-        y = L.attend(L.rotate(q, cos, sin), k, v, allowed, c.attention_dropout, rng)
+        y = L.attend(L.rotate(q, cos, sin), k, v, allowed, c.attention_dropout, rng, self.shares)
         return L.Dense(c.hidden_size, c.out_bias, name="out")(tap("heads", y.reshape(*x.shape[:2], -1)))
 
 
@@ -119,7 +122,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     capture: tuple[str, ...] = ()
-    ways: int = 1
+    mesh: Any = None
 
     @nn.compact
     def __call__(self, inputs, rng=None, targets=None):
@@ -139,13 +142,13 @@ class Decoder(nn.Module):
         windows = jnp.asarray(c.windows, jnp.int32) if any(c.windows) else None
         distance = None if windows is None else extend.distance(taps, positions, "segment_ids" in inputs)
         context = (extend.visible(taps, allowed, real, True), distance, *L.rope_tables(c, positions))
-        layer = Layer(c, tap.capture, skip, parent=None)
+        layer = Layer(c, tap.capture, skip, self.mesh.size if self.mesh else 1, parent=None)
         first = None if windows is None else windows[0]
         stacks = L.stacked_params(self, layer, c.num_layers, x, context, (first, None), None)
-        x, seen = L.run_layers(layer, L.unfolded(stacks, taps), x, context, windows, rng, self.remat, given)
+        x, seen = L.run_layers(layer, L.unfolded(stacks, taps), x, context, windows, rng, self.remat, given, self.mesh)
         x = last.side(L.RMSNorm(c.norm_eps, name="norm")(x[:, skip:]), {**seen, **tap.seen}, allowed)
         if targets is not None and not last.wants("logits"):
-            return scored.cross_entropy(lm_logits, self.lm_head(), x, *targets, c.vocab_size, self.ways), last.noted
+            return scored.cross_entropy(lm_logits, self.lm_head(), x, *targets, c.vocab_size, parallel.ways(self.mesh)), last.noted
         y = last("logits", L.by_class(c, self.head(x, real), last))
         return (y if targets is None else scored.sums(y, *targets)), last.noted
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ft_jax import parallel
 from ft_jax.models import extend, scored
 from ft_jax.models import layers as L
 from ft_jax.models.config import ModelConfig
@@ -62,6 +63,7 @@ class Layer(nn.Module):
     config: ModelConfig
     capture: tuple[str, ...] = ()
     skip: int = 0
+    shares: int = 1  # devices that activations are spread over
 
     @nn.compact
     def __call__(self, x, context, per_layer, rng):
@@ -69,7 +71,7 @@ class Layer(nn.Module):
         tap = L.Tapped(L.taps_of(self), self.capture, self.skip, given.get("pool"))
         rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
         x = tap("attn_in", x)
-        heads = Attention(c, name="attn")(x, context, given.get("prefix"), tap, rngs[0])
+        heads = Attention(c, self.shares, name="attn")(x, context, given.get("prefix"), tap, rngs[0])
         x = self.joined("attn_out", "attn_norm", x, heads, tap, rngs[1])
         x = tap("ffn_in", x)
         x = self.joined("ffn_out", "mlp_norm", x, MLP(c, name="mlp")(x, tap), tap, rngs[2])
@@ -87,6 +89,7 @@ class Layer(nn.Module):
 
 class Attention(nn.Module):
     config: ModelConfig
+    shares: int = 1
 
     @nn.compact
     def __call__(self, x, allowed, prefix, tap, rng):
@@ -94,7 +97,7 @@ class Attention(nn.Module):
         shape = (*x.shape[:2], c.num_heads, c.head_dim)
         q, k, v = (tap(n, L.Dense(c.num_heads * c.head_dim, name=n)(x)).reshape(shape) for n in "qkv")
         k, v, allowed = extend.before_tokens(prefix, k, v, allowed)
-        y = L.attend(q, k, v, allowed, c.attention_dropout, rng)
+        y = L.attend(q, k, v, allowed, c.attention_dropout, rng, self.shares)
         return L.Dense(c.hidden_size, name="out")(tap("heads", y.reshape(*x.shape[:2], -1)))
 
 
@@ -140,7 +143,7 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     capture: tuple[str, ...] = ()
-    ways: int = 1
+    mesh: Any = None
 
     @nn.compact
     def __call__(self, inputs, rng=None, targets=None):
@@ -158,14 +161,14 @@ class Encoder(nn.Module):
         embed = Embeddings(c, self.dtype, name="embed")
         x = tap("embed", L.dropout(embed(inputs, taps), c.hidden_dropout, rng_embed))
         given = extend.for_layers(taps, x[:, skip:], real)
-        layer = Layer(c, tap.capture, skip, parent=None)
+        layer = Layer(c, tap.capture, skip, self.mesh.size if self.mesh else 1, parent=None)
         stacks = L.stacked_params(self, layer, c.num_layers, x, visible, ((), None), None)
-        x, seen = L.run_layers(layer, L.unfolded(stacks, taps), x, visible, (), rng_layers, self.remat, given)
+        x, seen = L.run_layers(layer, L.unfolded(stacks, taps), x, visible, (), rng_layers, self.remat, given, self.mesh)
         own = last.side(x[:, skip:], {**seen, **tap.seen}, allowed)
         if targets is not None and not last.wants("logits"):
             params = self.variables["params"]
             head = {"mlm": params["mlm"], "table": params["embed"]["tokens"]["embedding"]}
-            return scored.cross_entropy(functools.partial(mlm_logits, c), head, own, *targets, c.vocab_size, self.ways), last.noted
+            return scored.cross_entropy(functools.partial(mlm_logits, c), head, own, *targets, c.vocab_size, parallel.ways(self.mesh)), last.noted
         y = last("logits", L.by_class(c, self.head(own, extend.first(taps, x, own), inputs["input_ids"], real, rng_head), last))
         return (y if targets is None else scored.sums(y, *targets)), last.noted
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ft_jax import parallel
 from ft_jax.kernels.base import Kernel, dot
 from ft_jax.models import extend
 from ft_jax.taps.words import averages
@@ -19,6 +20,7 @@ ACTIVATION_FNS = {
     "silu": jax.nn.silu,
 }
 INIT = nn.initializers.normal(0.02)
+SCORES = 2**27  # attention scores held at once on a device
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -104,10 +106,26 @@ def dropout(x, rate, rng):
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-def attend(q, k, v, allowed, rate=0.0, rng=None):
-    """softmax(q kᵀ / sqrt(h)) v over allowed pairs; q [b,q,heads,h], k/v [b,s,kv heads,h], allowed bool [b,1,q,s]."""
+def query_blocks(queries, per_query):
+    """The least number of equal blocks of queries whose scores, ``per_query`` each, stay below SCORES."""
+    least = -(-queries * per_query // SCORES)
+    return next(n for n in range(max(1, least), queries + 1) if queries % n == 0) if least <= queries else queries
+
+
+def attend(q, k, v, allowed, rate=0.0, rng=None, shares=1):
+    """softmax(q kᵀ / sqrt(h)) v over allowed pairs; q [b,q,heads,h], k/v [b,s,kv heads,h], allowed bool [b,1,q,s].
+
+    Long sequences go by blocks of queries whose scores the backward pass computes again; shares: devices the scores are over.
+    """
     if rng is None or rate == 0.0:
-        return jax.nn.dot_product_attention(q, k, v, mask=allowed)
+        blocks = query_blocks(q.shape[1], q.shape[0] * q.shape[2] * k.shape[1] // shares)
+        if blocks == 1:
+            return jax.nn.dot_product_attention(q, k, v, mask=allowed)
+        # Every blocks-th query is one block's, so that each device has its part of all blocks where tokens are spread.
+        cut = (jnp.moveaxis(x.reshape(*x.shape[:i], -1, blocks, *x.shape[i + 1 :]), i + 1, 0) for i, x in ((1, q), (2, allowed)))
+        block = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part[0], k, v, mask=part[1]))
+        y = jax.lax.map(block, tuple(cut))
+        return jnp.moveaxis(y, 0, 2).reshape(q.shape)
     b, n_q, heads, h = q.shape
     kv = k.shape[2]
     scores = jnp.einsum("bqkgh,bskh->bkgqs", q.reshape(b, n_q, kv, heads // kv, h), k).astype(jnp.float32) * h**-0.5
@@ -171,7 +189,7 @@ def unfolded(stacks, taps):
     return [*stacks[:-1], {**stacks[-1], "taps": {**stacks[-1].get("taps", {}), **per_layer}}]
 
 
-def run_layers(layer, stacks, x, context, per_layer, rng, remat, given=None):
+def run_layers(layer, stacks, x, context, per_layer, rng, remat, given=None, mesh=None):
     """Scans one layer over stacked weights.
 
     Args:
@@ -179,6 +197,7 @@ def run_layers(layer, stacks, x, context, per_layer, rng, remat, given=None):
       stacks: list of parameter trees with a leading layer axis, lowest layers first.
       per_layer: tree of arrays with a leading axis over all layers.
       given: tree of arrays with a leading axis over the layers of the last stack; those below have none.
+      mesh: what x is laid out over between the layers.
     Returns:
       x and ``{site: [layers, ...]}`` of what the taps captured.
     """
@@ -187,7 +206,8 @@ def run_layers(layer, stacks, x, context, per_layer, rng, remat, given=None):
 
     def body(x, slices):
         params, extra, own, key = slices
-        return layer.apply({"params": params}, x, context, (extra, own), key)
+        x, seen = layer.apply({"params": params}, parallel.spread(x, mesh), context, (extra, own), key)
+        return parallel.spread(x, mesh), seen
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
