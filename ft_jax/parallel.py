@@ -105,6 +105,22 @@ def shard_batch(batch, mesh):
             for k, v in batch.items()}  # fmt: skip
 
 
+def gathered(head, mesh):
+    """A head's weights, whole over ``fsdp`` and cut over ``tensor`` as the rules have it; as they are without a mesh.
+
+    Its paths are those of a model, but for a ``table`` of tokens and a ``kernel`` that is the head's own.
+    """
+    if mesh is None or mesh.size == 1:
+        return head
+
+    def whole(path, x):
+        own = {"table": "embedding", "kernel": "head/kernel"}.get(path.partition("/")[0])
+        spec = spec_of(path if own is None else own + path.removeprefix(path.partition("/")[0]), x.shape, mesh)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*(None if a == "fsdp" else a for a in spec))))
+
+    return tree.map_with_path(whole, head)
+
+
 def check_batch(batch_size, mesh):
     shares = ways(mesh)
     if batch_size % shares:

@@ -5,7 +5,6 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ft_jax import parallel
 from ft_jax.kernels.base import dot
 from ft_jax.models import extend, scored
 from ft_jax.models import layers as L
@@ -148,7 +147,7 @@ class Decoder(nn.Module):
         x, seen = L.run_layers(layer, L.unfolded(stacks, taps), x, context, windows, rng, self.remat, given, self.mesh)
         x = last.side(L.RMSNorm(c.norm_eps, name="norm")(x[:, skip:]), {**seen, **tap.seen}, allowed)
         if targets is not None and not last.wants("logits"):
-            return scored.cross_entropy(lm_logits, self.lm_head(), x, *targets, c.vocab_size, parallel.ways(self.mesh)), last.noted
+            return scored.cross_entropy(lm_logits, self.lm_head(), x, *targets, c.vocab_size, self.mesh), last.noted
         y = last("logits", L.by_class(c, self.head(x, real), last))
         return (y if targets is None else scored.sums(y, *targets)), last.noted
 

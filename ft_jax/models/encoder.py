@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ft_jax import parallel
 from ft_jax.models import extend, scored
 from ft_jax.models import layers as L
 from ft_jax.models.config import ModelConfig
@@ -168,7 +167,7 @@ class Encoder(nn.Module):
         if targets is not None and not last.wants("logits"):
             params = self.variables["params"]
             head = {"mlm": params["mlm"], "table": params["embed"]["tokens"]["embedding"]}
-            return scored.cross_entropy(functools.partial(mlm_logits, c), head, own, *targets, c.vocab_size, parallel.ways(self.mesh)), last.noted
+            return scored.cross_entropy(functools.partial(mlm_logits, c), head, own, *targets, c.vocab_size, self.mesh), last.noted
         y = last("logits", L.by_class(c, self.head(own, extend.first(taps, x, own), inputs["input_ids"], real, rng_head), last))
         return (y if targets is None else scored.sums(y, *targets)), last.noted
 

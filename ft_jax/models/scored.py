@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.custom_derivatives import SymbolicZero
 
-LIMIT = 2**23  # numbers among the logits of one stretch on one device: 32 MiB
-LEAST = 128  # tokens of a stretch on one device, however large the vocabulary: a matmul of fewer leaves a chip idle
+from ft_jax import parallel
+
+LIMIT = 2**24  # numbers among the logits of one stretch on one device: 64 MiB
+LEAST = 256  # tokens of a stretch on one device, however large the vocabulary: a matmul of fewer leaves a chip idle
 
 
 def stretch(rows, length, vocabulary, ways=1):
@@ -36,27 +38,30 @@ def sums(logits, targets, weights):
     return {"loss": loss, "accuracy": hits}
 
 
-def cross_entropy(logits_of, head, x, targets, weights, vocabulary, ways=1):
+def cross_entropy(logits_of, head, x, targets, weights, vocabulary, mesh=None):
     """Sums of w · (logsumexp z - z_target) and of w · [argmax z = target] over tokens, z = logits_of(head, x).
 
     Args:
       logits_of: ``(head, x [..., D]) -> logits [..., vocabulary]``; head: its weights, any tree, kernels too.
       x, targets, weights: [B, T, D], int [B, T], float [B, T].
+      mesh: what they are laid out over; the head is gathered from its ``fsdp`` shares once, not for each stretch.
     Returns:
       ``{"loss", "accuracy"}``, float32 scalars. Exact; differentiable in reverse mode for head, x and weights by the loss.
     """
-    length = stretch(*targets.shape, vocabulary, ways)
+    length = stretch(*targets.shape, vocabulary, parallel.ways(mesh))
     if length >= targets.shape[1]:
         return sums(logits_of(head, x), targets, weights)
     pad = -targets.shape[1] % length
     padded = (jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2)) for a in (x, targets, weights))
     cut = (jnp.moveaxis(a.reshape(a.shape[0], -1, length, *a.shape[2:]), 1, 0) for a in padded)
-    loss, hits = _sums(logits_of, head, *cut)
+    loss, hits = _sums(logits_of, mesh, head, *cut)
     return {"loss": loss, "accuracy": hits}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(logits_of, head, x, targets, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(logits_of, mesh, head, x, targets, weights):
+    head = parallel.gathered(head, mesh)
+
     def body(sums, one):
         loss, (hits, _) = score(logits_of(head, one[0]), *one[1:])
         return (sums[0] + loss, sums[1] + hits), None
@@ -64,11 +69,11 @@ def _sums(logits_of, head, x, targets, weights):
     return jax.lax.scan(body, (jnp.zeros(()), jnp.zeros(())), (x, targets, weights))[0]
 
 
-def _sums_forward(logits_of, head, x, targets, weights):
+def _sums_forward(logits_of, mesh, head, x, targets, weights):
     """The sums, and their gradients for a cotangent of 1; of the head, only for the leaves that are differentiated."""
     leaves, shape = jax.tree.flatten(head)
     wanted = [leaf.perturbed for leaf in leaves]
-    leaves = [leaf.value for leaf in leaves]
+    leaves = jax.tree.leaves(parallel.gathered(jax.tree.unflatten(shape, [leaf.value for leaf in leaves]), mesh))
 
     def loss_of(live, x, targets, weights):
         live = iter(live)
@@ -88,7 +93,7 @@ def _sums_forward(logits_of, head, x, targets, weights):
     return (loss, hits), (d_head, d_x, losses)
 
 
-def _sums_backward(logits_of, gradients, cotangent):
+def _sums_backward(logits_of, mesh, gradients, cotangent):
     if isinstance(cotangent[0], SymbolicZero):
         return None, None, None, None
     d_head, d_x, losses = jax.tree.map(lambda d: (cotangent[0] * d).astype(d.dtype), gradients)
