@@ -105,6 +105,13 @@ def shard_batch(batch, mesh):
             for k, v in batch.items()}  # fmt: skip
 
 
+def held(params, mesh):
+    """A layer's weights kept to the rules inside the loop over layers, so that their gradients are summed into shares there."""
+    if mesh is None or mesh.size == 1:
+        return params
+    return jax.lax.with_sharding_constraint(params, shardings(params, mesh))
+
+
 def gathered(head, mesh):
     """A head's weights, whole over ``fsdp`` and cut over ``tensor`` as the rules have it; as they are without a mesh.
 

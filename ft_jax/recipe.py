@@ -93,7 +93,7 @@ def build(recipe, base=None, dry=False, *, gather=None, start=None):
     if needs and gather and not start:
         data = calibrate.shapes(needs, params) if dry else gather(needs, base.model, params)
     params = jax.eval_shape(attach, params, data) if dry else attach(params, data)
-    mask = _mask(params, spec, method, base.drawn)
+    mask = _mask(base, params, spec, method)
     taps.check_side(params, mask)
     return base.model, params, mask, base.fingerprint
 
@@ -126,10 +126,12 @@ def _redraw(model, params, layers, rng):
     return {**params, "layers": top} | {k: fresh[k] for k in ("pooler",) if k in params}
 
 
-def _mask(params, spec, method, drawn):
-    text, rules = method.get("mask", "rules"), method.get("trainable") or ()
-    mask = masks.whole(params, text, rules)
+def _mask(base, params, spec, method):
+    text, rules, drawn = method.get("mask", "rules"), method.get("trainable") or (), base.drawn
     added = jax.tree.leaves(masks.declared(params, 0))
+    if text == "rules" and not rules and any(added) and base.model.config.weights_head == "lm":
+        text = "declared"  # a language model's head is no task's: it stays as it was pretrained, as in PEFT
+    mask = masks.whole(params, text, rules)
     if any(added) and not any(m and a for m, a in zip(jax.tree.leaves(mask), added, strict=True)):
         raise UserError(f"nothing of the method's kernels and taps trains: mask {text!r} with the rules {list(rules)} "
                         "freezes all that they add; two methods want the same leaves")

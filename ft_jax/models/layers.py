@@ -206,6 +206,7 @@ def run_layers(layer, stacks, x, context, per_layer, rng, remat, given=None, mes
 
     def body(x, slices):
         params, extra, own, key = slices
+        params = parallel.held(params, mesh)
         x, seen = layer.apply({"params": params}, parallel.spread(x, mesh), context, (extra, own), key)
         return parallel.spread(x, mesh), seen
 

@@ -46,3 +46,14 @@ def test_frozen_matrices_in_bfloat16():
     np.testing.assert_allclose(objective(lean, batch, None)[0], objective(params, batch, None)[0], rtol=1e-6)
     with pytest.raises(UserError, match="model.frozen_dtype 'bf16' is not supported.*bfloat16"):
         recipe.stored(params, mask, "bf16")
+
+
+def test_an_untied_language_models_head_stays_frozen_beside_adapters():
+    """A classifier's head is the task's own and trains with them."""
+    for family, head, trains in (("mistral", None, False), ("mistral", "classification", True)):
+        model = make_model(family, head)
+        spec = {"model": {"path": "tiny"}, "method": {"kernels": [(r"layers/.*/kernel", "lora(rank=2)")]}, "seed": 0}
+        _, _, mask, _ = recipe.build(spec, recipe.Base(model, make_params(model), (), ""))
+        assert tree.flatten(mask)["head/kernel"] is trains
+        spec["method"]["trainable"] = [("head/.*", True), ("layers/.*", True)]
+        assert tree.flatten(recipe.build(spec, recipe.Base(model, make_params(model), (), ""))[2])["head/kernel"] is True
