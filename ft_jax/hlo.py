@@ -121,6 +121,12 @@ def traffic(one, size):
     return whole * share * (2 if kind == "all-reduce" else 1)
 
 
+def _add(rows, op, across, count, size):
+    row = rows.setdefault((op, across), {"op": op, "across": across, "bytes": 0.0, "count": 0})
+    row["bytes"] += count * size
+    row["count"] += count
+
+
 def collectives(text, slice_of=None):
     """Rows ``{op, bytes, count, across}`` of what each device sends in a run, gathered by op and by ``across``.
 
@@ -131,6 +137,12 @@ def collectives(text, slice_of=None):
     for name, instructions in computations.items():
         for one in instructions:
             kind, channel = one.op.removesuffix("-start"), re.search(r"channel_id=(\d+)", one.rest)
+            sent = re.search(r'megascale_transfer_type="(\w+)"', one.rest)
+            if one.op == "send" and sent:  # a TPU's way between slices: through the hosts
+                kind, count = sent[1].lower().replace("_", "-"), len(set(slice_of or ())) or 2
+                size = sizes(one.shape)[0] * (count - 1) / count * (2 if kind == "all-reduce" else 1)
+                _add(rows, kind, True, times[name], size)
+                continue
             if kind not in COLLECTIVES or not times[name] or (channel and (kind, channel[1]) in told):
                 continue  # one that runs beside other work stands in several fusions, under one channel
             told |= {(kind, channel[1])} if channel else set()
@@ -138,9 +150,7 @@ def collectives(text, slice_of=None):
             pairs = kind == "collective-permute"
             size = 2 if pairs or found is None else found.shape[1]
             across = slice_of is not None and found is not None and bool((np.ptp(np.asarray(slice_of)[found], axis=1) > 0).any())
-            row = rows.setdefault((kind, across), {"op": kind, "across": across, "bytes": 0.0, "count": 0})
-            row["bytes"] += times[name] * traffic(one, size)
-            row["count"] += times[name]
+            _add(rows, kind, across, times[name], traffic(one, size))
     return sorted(rows.values(), key=lambda r: -r["bytes"])
 
 
@@ -191,8 +201,8 @@ def _reads(source, body, computations):
 
 def _read(source, user, computations):
     """Bytes of ``source`` that one instruction reads: a slice its own size, an update in place none, a fusion what is inside."""
-    if user.op in ("dynamic-slice", "slice", "gather"):
-        return sum(_main(user.shape)) if "S(" not in source.shape else 0
+    if user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
+        return min(sum(_main(user.shape)), sum(_main(source.shape)))
     if user.op == "dynamic-update-slice" and user.operands[0] == source.name:
         return 0
     body = computations.get(user.calls[0]) if user.op == "fusion" and user.calls else None
