@@ -80,9 +80,9 @@ def mounts(args):
     found = []
     for kind, texts in (("claim", args.claim), ("bucket", args.bucket)):
         for text in texts:
-            name, sep, path = text.partition(":")
-            if not (name and sep and path.startswith("/")):
-                raise UserError(f"--{kind} is {text!r}; it is written NAME:/PATH")
+            name, _, path = text.partition(":")
+            if not (name and re.match(r"/[^/]", path)):
+                raise UserError(f"--{kind} is {text!r}; it is written NAME:/PATH, the name without gs://")
             if kind == "claim":
                 source = {"persistentVolumeClaim": {"claimName": name}}
             else:
@@ -95,7 +95,7 @@ def mounts(args):
 
 def check_lasting(path, disks):
     """UserError for a workdir that is gone with its pod."""
-    if not any(PurePosixPath(path).is_relative_to(mount["mountPath"]) for _, mount in disks):
+    if not any(PurePosixPath("/app", path).is_relative_to(mount["mountPath"]) for _, mount in disks):
         paths = ", ".join(mount["mountPath"] for _, mount in disks) or "none"
         raise UserError(f"workdir {str(path)!r} lies on no mounted disk (mounted: {paths}), so a restarted job would begin anew; "
                         "add --claim=PVC:/PATH or --bucket=NAME:/PATH")
@@ -146,9 +146,9 @@ def coordinates(args, nodes):
 
 def manifest(args, training):
     """The JobSet: one job a slice, one pod a node, one process a pod; all start again when one is lost."""
+    nodes, replicas, resources, selector = hardware(args)
     disks = mounts(args)
     check_lasting(workdir(training), disks)
-    nodes, replicas, resources, selector = hardware(args)
     taints = [next(iter(resources)), *(["cloud.google.com/gke-spot"] if args.spot else [])]
     container = {
         "name": "train", "image": args.image, "workingDir": "/app", "command": literal(command(args, training)),

@@ -201,6 +201,9 @@ if [ -n "${opt[project]:-}" ]; then where+=("--project=${opt[project]}"); fi
 errors=/dev/null assumed=MISSING
 if [ -z "${opt[dry-run]:-}" ]; then
   command -v gcloud > /dev/null || die "gcloud was not found; install the Google Cloud CLI, or see the commands with --dry-run"
+  if [ "${#rest[@]}" -gt 0 ]; then
+    git rev-parse --is-inside-work-tree > /dev/null 2>&1 || die "$PWD is no git checkout; the launcher copies the files that git knows"
+  fi
   mkdir -p "${opt[logs]}"
   errors=${opt[logs]}/gcloud.err
 fi

@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 import time
-from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp

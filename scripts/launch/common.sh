@@ -91,6 +91,6 @@ run() {
   if [ -n "${opt[dry-run]:-}" ]; then
     printf '%s\n' "$(quote "$@")" >&3
   else
-    "$@"
+    "$@" 3>&-
   fi
 }

@@ -3,10 +3,6 @@
 set -euo pipefail
 archive=$(realpath -m "$1")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-git rev-parse --is-inside-work-tree > /dev/null 2>&1 || {
-  echo "error: $PWD is no git checkout; the launcher copies the files that git knows" >&2
-  exit 2
-}
 mkdir -p "$(dirname "$archive")"
 temporary=$(mktemp)
 trap 'rm -f "$temporary"' EXIT
