@@ -69,8 +69,8 @@ def temporary_name(path):
 
 
 def make_folder(path):
-    """Creates a folder with its parents; UserError when a file stands in the way or it may not be written."""
-    path = pathlib.Path(path)
+    """Creates a folder with its parents; UserError when a file stands in the way, it may not be written, or it is a URL."""
+    path = local(path, "folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -11,7 +11,7 @@ import pytest
 from tqdm.auto import tqdm
 
 from ft_jax import errors, train
-from ft_jax.io import runs
+from ft_jax.io import files, runs
 from tests import folders
 from tests.launchers.stubs import ROOT
 
@@ -115,7 +115,7 @@ def test_what_cannot_join_says_so_in_one_line(context, tmp_path):
 def test_a_run_does_not_take_a_url_for_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for url in ("gs://bucket/run", "s3://bucket/run", "file:///tmp/run"):
-        for call in (lambda: runs.Run(url, {}), lambda: runs.load_run(url)):  # noqa: B023
+        for call in (lambda: runs.Run(url, {}), lambda: runs.load_run(url), lambda: files.make_folder(url)):  # noqa: B023
             with pytest.raises(errors.UserError, match="is a URL; runs write local files: mount the bucket"):
                 call()
     assert list(tmp_path.iterdir()) == []
