@@ -103,7 +103,7 @@ class Stubs:
 
     def run(self, *command, **env):
         command = [str(word) for word in command]
-        return subprocess.run(command, cwd=self.repo, env=self.env | env, capture_output=True, text=True, timeout=30)
+        return subprocess.run(command, cwd=self.repo, env=self.env | env, capture_output=True, text=True, timeout=120)
 
     def calls(self, *names, file="calls"):
         """What the stubs called ``names`` (default: all) were given, as lists of words, and forgets it."""

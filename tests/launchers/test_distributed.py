@@ -65,7 +65,7 @@ def test_two_processes_join_and_the_first_speaks(context, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(150)
     texts = {name: (tmp_path / name).read_text() for name in ("0.out", "0.err", "1.out", "1.err")}
     assert [p.exitcode for p in processes] == [0, 0], texts
     assert [json.loads((tmp_path / f"{i}.joined").read_text()) for i in (0, 1)] == [[i, 2, 2, "a b"] for i in (0, 1)]
@@ -78,7 +78,7 @@ def test_sigterm_ends_a_process_of_a_cluster(context, tmp_path):
     words = (*GIVEN, "--workdir=w", f"--coordinator=localhost:{free_port()}", "--num_processes=1", "--process_id=0")
     process = context.Process(target=member, args=(words, tmp_path, "0", clean_environment(), True))
     process.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while not (tmp_path / "0.joined").exists() and process.is_alive() and time.monotonic() < end:
         time.sleep(0.02)
     assert (tmp_path / "0.joined").exists(), (tmp_path / "0.err").read_text()
@@ -106,7 +106,7 @@ def test_what_cannot_join_says_so_in_one_line(context, tmp_path):
         started[name] = context.Process(target=member, args=((GIVEN[0], *words), tmp_path, name, clean_environment(**environment), False))
         started[name].start()
     for name, process in started.items():
-        process.join(60)
+        process.join(150)
         stderr = (tmp_path / f"{name}.err").read_text()
         assert process.exitcode == 2 and CASES[name][2] in stderr and stderr.count("error:") == 1, (name, stderr)
         assert not (tmp_path / f"{name}.joined").exists()

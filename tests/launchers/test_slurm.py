@@ -64,11 +64,11 @@ def test_the_signal_reaches_the_training(stubs, state, status, again):
     stubs.script(squeue=[state], srun=[status], wait=[""])
     words = ["bash", "scripts/launch/slurm_job.sh", "python", "gpu", "8", *TRAINING]
     job = subprocess.Popen(words, cwd=stubs.repo, env=stubs.env | JOB, stdout=subprocess.PIPE, text=True)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 100
     while not (stubs.home / "started").exists() and time.monotonic() < end:
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
-    out = job.communicate(timeout=20)[0]
+    out = job.communicate(timeout=100)[0]
     assert job.returncode == status and (stubs.home / "stopped").exists()
     assert stubs.calls("scontrol") == ([["scontrol", "requeue", "7"]] if again else [])
     assert ("resumes from its last checkpoint" in out) == again
