@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import functools
+import re
 import sys
 
 
@@ -50,7 +51,8 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
-        raise UserError(message)
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        raise UserError(message + (nearest(unknown.group(1), self._option_string_actions) if unknown else ""))
 
 
 def cli(main):

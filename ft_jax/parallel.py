@@ -1,5 +1,6 @@
 """Sharding as data: a mesh (data, fsdp, sequence, tensor) and ordered rules from paths to axes."""
 
+import os
 import re
 
 import jax
@@ -9,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ft_jax import tree
-from ft_jax.errors import UserError
+from ft_jax.errors import UserError, one_line
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 ROWS = ("data", "fsdp")  # the axes that a batch's rows are spread over; its tokens are over ``sequence``
@@ -25,6 +26,37 @@ RULES = (
     (r"(.*/)?(attn/(q|k|v)|mlp/(up|gate))/bias", ("tensor",)),
     (r".*", ()),
 )
+
+
+def join_cluster(coordinator=None, num_processes=None, process_id=None):
+    """``jax.distributed.initialize``, which must come before anything asks for a device; returns this process's number.
+
+    What is None comes from JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, else JAX finds it out on
+    TPUs and under SLURM or Open MPI. Raises UserError for numbers that do not fit, and where nothing is found.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator and not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"the coordinator's address is {coordinator!r}; it is written host:port")
+    count = _number("num_processes", num_processes, "JAX_NUM_PROCESSES")
+    index = _number("process_id", process_id, "JAX_PROCESS_ID")
+    if count is not None and (count < 1 or not 0 <= (index or 0) < count):
+        raise UserError(f"process_id {index} does not fit num_processes {count}; processes are numbered from 0")
+    # Its handler would keep the process alive after SIGTERM; a run ends there, and resumes from its last checkpoint.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(coordinator, count, index)
+    except ValueError as error:
+        raise UserError(f"found no cluster to join ({one_line(error)}); outside TPU, SLURM and Open MPI give --coordinator, "
+                        "--num_processes and --process_id, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID") from None
+    return jax.process_index()
+
+
+def _number(name, value, variable):
+    """``value``, or that of an environment variable, as an int; None where neither is given."""
+    value, name = (os.environ.get(variable), variable) if value is None else (value, name)
+    if value is not None and not re.fullmatch(r"-?\d+", str(value)):
+        raise UserError(f"{name} is {value!r}; it takes a whole number")
+    return None if value is None else int(value)
 
 
 def make_mesh(data=-1, fsdp=1, tensor=1, sequence=1, devices=None):

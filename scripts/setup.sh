@@ -1,9 +1,10 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: `setup requirements.txt` makes .venv (Python 3.11 or 3.12) and installs into it once.
 
 find_python() {
   local candidate
   for candidate in "${PYTHON:-}" python3.12 python3.11 python3 python; do
-    [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 || continue
+    if [ -z "$candidate" ] || ! command -v "$candidate" >/dev/null 2>&1; then continue; fi
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
       echo "$candidate"
       return

@@ -1,6 +1,11 @@
-"""Fine-tunes a model: ``python scripts/train.py --config=configs/train.py:model=…,data=…,method=… --workdir=…``."""
+"""Fine-tunes a model: ``python scripts/train.py --config=configs/train.py:model=…,data=…,method=… --workdir=…``.
 
+With ``--distributed`` it is one process of a cluster (TPU pod, SLURM, GKE: docs/scale.md); each runs the same command.
+"""
+
+import contextlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -10,12 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ft_jax import train, tree
+from ft_jax import parallel, train, tree
 from ft_jax.data import pipeline
 from ft_jax.errors import UserError, cli, nearest, one_line
+from ft_jax.io import files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its options after a colon.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster before anything else.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0; found out on TPUs and under SLURM.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are; found out likewise.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0; found out likewise.")
 
 
 def parse(argv):
@@ -41,7 +51,22 @@ def main(argv):
     for flag in (_CONFIG, _WORKDIR):
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing")
-    print(json.dumps(train.train(_CONFIG.value, _WORKDIR.value), indent=1))
+    cluster = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+    if given := [flag.name for flag in cluster if flag.value is not None and not _DISTRIBUTED.value]:
+        raise UserError(f"--{given[0]} is for a cluster; add --distributed")
+    files.local(_WORKDIR.value)  # before it waits for other processes
+    silent = _DISTRIBUTED.value and parallel.join_cluster(*(flag.value for flag in cluster)) > 0
+    with _no_progress() if silent else contextlib.nullcontext():
+        summary = train.train(_CONFIG.value, _WORKDIR.value)
+    if not silent:
+        print(json.dumps(summary, indent=1))
+
+
+@contextlib.contextmanager
+def _no_progress():
+    """Bars and notes go nowhere: process 0 shows them. What is raised passes, to be told by each process."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import secrets
 
 from ft_jax.errors import UserError, nearest
@@ -21,6 +22,14 @@ def read_json(path):
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not a JSON object")
     return value
+
+
+def local(path, what="workdir"):
+    """``path`` as a Path; UserError for a URL (gs://…), of which a Path would make a local folder without a word."""
+    if re.match(r"[a-zA-Z][\w+.-]*:/", str(path)):
+        raise UserError(f"{what} {str(path)!r} is a URL; runs write local files: mount the bucket (gcsfuse) or a shared disk and "
+                        "give its folder, see docs/scale.md")
+    return pathlib.Path(path)
 
 
 def entries(folder):
@@ -60,8 +69,8 @@ def temporary_name(path):
 
 
 def make_folder(path):
-    """Creates a folder with its parents; UserError when a file stands in the way or it may not be written."""
-    path = pathlib.Path(path)
+    """Creates a folder with its parents; UserError when a file stands in the way, it may not be written, or it is a URL."""
+    path = local(path, "folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

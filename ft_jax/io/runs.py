@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 import time
-from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
@@ -40,7 +39,7 @@ class Run:
     """One training run's folder; opening it with another config than it holds is refused. ``begin`` makes it."""
 
     def __init__(self, workdir, config, *, keep=2, tensorboard=True):
-        self.path = Path(workdir).resolve()
+        self.path = files.local(workdir).resolve()
         self.config = json.loads(json.dumps(config))
         self._keep, self._wants_tensorboard = keep, tensorboard
         self._check()
@@ -189,7 +188,7 @@ def load_run(workdir, which="best"):
     which: ``best`` (by the run's evaluation metric; the last checkpoint if it never evaluated) or ``last``.
     Raises UserError when there is no run, no checkpoint, or the base has changed since.
     """
-    path = Path(workdir)
+    path = files.local(workdir)
     if not (path / "config.json").exists():
         raise UserError(f"{path} holds no run (no config.json)")
     run = Run(path, json.loads((path / "config.json").read_text()), tensorboard=False)
