@@ -21,7 +21,7 @@ from ft_jax.io import files, hf, peft, peft_prompts
 from ft_jax.io.peft_kinds import KINDS
 from ft_jax.kernels import mixture
 from ft_jax.kernels.spectrum import places_of
-from tests.parity import peft_adapters, test_peft_methods
+from tests.parity import peft_adapters, test_peft_aware, test_peft_methods
 from tests.parity.peft_adapters import IDS, MODELS, SITES, assert_same, base_model, merged_logits, torch_logits
 
 pytestmark = pytest.mark.slow
@@ -356,8 +356,8 @@ def test_layers_without_an_adapter_are_left_alone(bases, tmp_path):
 
 
 def test_every_kind_is_tried():
-    """No row of the table is without a method in these two files."""
-    tables = {**test_peft_methods.METHODS, **METHODS}
+    """No row of the table is without a method in these three files."""
+    tables = {**test_peft_methods.METHODS, **METHODS, **test_peft_aware.METHODS}
     tried = {config(["x"]).peft_type.value for config, _ in tables.values()} | {"LN_TUNING", "POLY", *WITHOUT_KERNEL, *peft_prompts.TYPES}  # prompts: test_peft_prompts.py
     assert tried == set(KINDS)
 
