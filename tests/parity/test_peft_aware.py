@@ -51,6 +51,13 @@ def test_ours_there_and_one_step(name, bases, tmp_path):
     peft_adapters.ours_there_and_one_step(name, METHODS[name][1], bases, tmp_path, rate=0.1 if name == "peanut_deep" else 0.01)
 
 
+def test_glora_of_a_matrix_with_a_bias_is_written_without_what_changes_that(bases, tmp_path):
+    model, base, params = peft_adapters.ours("glora(rank=3)", "bert", bases)
+    peft.save_adapter(tmp_path, model, params, str(bases["bert"]), base=base)
+    theirs = hf_peft.PeftModel.from_pretrained(base_model("bert", bases), tmp_path).eval()
+    assert_same(torch_logits(theirs), merged_logits(model, params), merged_logits(model, base), "glora, written here")
+
+
 @pytest.mark.parametrize("name", ["glora", "glora_vector", "deft", "deft_qr", "para_relu", "peanut_deep", "psoft", "psoft_even", "super", "supra"])
 def test_layers_without_an_adapter_are_left_alone(name, bases, tmp_path):
     """Only two matrices of layer 1 of 2 are adapted there: what fills the stack here changes nothing."""
@@ -71,7 +78,7 @@ def test_layers_without_an_adapter_are_left_alone(name, bases, tmp_path):
 
 @pytest.mark.parametrize("name, changes, cut, words", [
     ("glora", {"config_A_B": "none"}, "", "config_A_B 'none' is not supported; supported: lora, vector, constant"),
-    ("glora", {"config_A_B": "vector"}, "", "self_attn.k_proj lacks glora_A.X"),
+    ("glora", {"config_A_B": "vector"}, "", "proj lacks glora_A.X"),
     ("glora", {"bias": "all"}, "", "bias 'all' is not supported; supported: none"),
     ("deft", {"decomposition_method": "svd"}, "", "decomposition_method 'svd' is not supported; supported: relu, qr"),
     ("deft", {"alpha": "8"}, "", "alpha is '8'"),
