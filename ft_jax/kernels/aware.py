@@ -84,11 +84,10 @@ def glora(w, rng, *, rank=8, form="lora"):
     stack, d_in, d_out = _sizes(w, rank)
     _choice("glora", "form", form, dict.fromkeys(FORMS))
     if form != "lora":
-        zeros = jnp.zeros((*stack, d_out if form == "vector" else 1), jnp.float32)
-        return GeneralisedByOutput(w, zeros, zeros)
+        return GeneralisedByOutput(w, *(jnp.zeros((*stack, d_out if form == "vector" else 1), jnp.float32) for _ in "st"))
     a, c = (_uniform(key, (*stack, d_in, rank), d_in) for key in jax.random.split(rng))
-    zeros = jnp.zeros((*stack, rank, d_out), jnp.float32)
-    return Generalised(w, a, zeros, c, zeros)
+    b, d = (jnp.zeros((*stack, rank, d_out), jnp.float32) for _ in "bd")
+    return Generalised(w, a, b, c, d)
 
 
 # DEFT and PaRa
@@ -360,8 +359,7 @@ def psoft(w, rng, *, rank=32, even=False, scales=True, terms=0):
     skew = jnp.zeros((*stack, rank * (rank - 1) // 2), jnp.float32)
     series = jnp.broadcast_to(jnp.asarray(coefficients(terms)), (*stack, terms)) if terms else None
     parts = w, *principal(dense(w), rank, even), skew, series
-    ones = jnp.ones((*stack, rank), jnp.float32)
-    return SubspaceScaled(*parts, ones, ones) if scales else Subspace(*parts)
+    return SubspaceScaled(*parts, *(jnp.ones((*stack, rank), jnp.float32) for _ in "io")) if scales else Subspace(*parts)
 
 
 # Supra

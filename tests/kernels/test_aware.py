@@ -168,6 +168,13 @@ def test_principal_is_the_same_whatever_signs_the_svd_has():
     assert (left[np.abs(left).argmax(0), range(3)] > 0).all()
 
 
+@pytest.mark.parametrize("rule", ["glora(rank=2)", "glora(form=vector)", "psoft(rank=3)", "peanut(rank=3, depth=1)", "deft(rank=2)"])
+def test_no_two_fields_are_one_buffer(rule):
+    """A step donates its state, and a buffer cannot be given away twice."""
+    leaves = jax.tree.leaves(adapted(rule)["w"]["kernel"])
+    assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
+
+
 def test_supra_is_sparse_beside_lora():
     """The places of `sparse`, the factors of `lora`, and both move."""
     kernel, alone, low = (adapted(rule)["w"]["kernel"] for rule in ("supra(share=0.05, rank=2, alpha=6)", "sparse(share=0.05)", "lora(rank=2, alpha=6)"))
