@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft_jax import registry, tree
+from ft_jax import tree
 from ft_jax.errors import UserError, nearest
-from ft_jax.io import files, hf, layout, peft_fields, peft_prompts, safetensors
-from ft_jax.io.peft_kinds import KINDS, NEUTRAL, ON_BIAS, PADDED
-from ft_jax.kernels import LowRank, dense, is_kernel
+from ft_jax.io import files, hf, layout, peft_fields, peft_prompts, peft_stack, safetensors
+from ft_jax.io.peft_kinds import KINDS, ON_BIAS
+from ft_jax.kernels import LowRank, is_kernel
 from ft_jax.kernels.mixture import Routed
 
 ROOT, SHARED = "base_model.model.", "base_model."
@@ -199,8 +199,8 @@ def load_adapter(folder, model, params):
     """``params`` with the adapter's kernels around their matrices, and its whole modules in place.
 
     Layers that the adapter leaves out get one that changes nothing; smaller ranks are filled up with zeros. The biases of
-    modules whose outputs (IA)³ scales are scaled, those that RoAd turns are turned, as PEFT does. UserError, naming the
-    field, module or shape, for an adapter of another kind or of another base.
+    modules whose outputs (IA)³ scales are scaled, those that RoAd turns are turned, GLoRA's are changed as its tensors say,
+    as PEFT does. UserError, naming the field, module or shape, for an adapter of another kind or of another base.
     """
     adapter = open_adapter(folder)
     checkpoint, kind, rows, found, whole = adapter.checkpoint, adapter.kind, _rows_by_name(model.config), {}, {}
@@ -220,7 +220,10 @@ def load_adapter(folder, model, params):
             part = peft_fields.Part(module, row.shape, read, adapter.config, shared)
             whole[row] = functools.partial(_told, adapter, kind.patch, part)
         else:
-            found[row] = _read_part(adapter, module, row.shape, shared)
+            part = _part(adapter, module, row.shape, shared, functools.partial(peft_stack.matrix, model.config, params, row))
+            found[row] = _read_part(adapter, part)
+            if kind.on_bias and f"{module}.bias" in rows:
+                whole[rows[f"{module}.bias"]] = functools.partial(_told, adapter, kind.on_bias, part)
     for name, key in adapter.whole.items():
         whole[row_of(name, key)] = checkpoint.read(key)
     for row, array in whole.items():
@@ -229,7 +232,7 @@ def load_adapter(folder, model, params):
                 f"{checkpoint.path}: {row.name} is {list(array.shape)} but the model's is "
                 f"{list(row.shape)}: an adapter for another base or another number of labels"
             )
-    params = _apply(model.config, params, found, whole, _start(adapter.config))
+    params = peft_stack.apply(model.config, params, found, whole, _start(adapter.config))
     if adapter.kind.peft_type in peft_prompts.TYPES:
         return peft_prompts.attached(model, params, adapter.config, shared[peft_prompts.TENSOR], checkpoint.path)
     return params
@@ -301,8 +304,8 @@ def _told(adapter, fn, *args):
         raise UserError(f"{adapter.checkpoint.path}: {error}") from None
 
 
-def _read_part(adapter, module, shape, shared):
-    """``(kernel class, fields)`` of one module, for a matrix stored as ``shape``."""
+def _part(adapter, module, shape, shared, base):
+    """One module's `Part`, its tensors read; UserError for one that is missing."""
     where, keys = adapter.checkpoint.path, adapter.parts[module]
     if adapter.kind.peft_type == "LORA":
         check_factors(adapter, module, shape)
@@ -310,86 +313,20 @@ def _read_part(adapter, module, shape, shared):
         if not suffix.endswith("?") and suffix not in keys:
             raise UserError(f"{where}: {module} lacks {suffix}")
     read = {s: getattr(adapter.checkpoint, "integers" if s.endswith("_indices") else "read")(key) for s, key in keys.items()}
+    return peft_fields.Part(module, tuple(shape), read, adapter.config, shared, base)
+
+
+def _read_part(adapter, part):
+    """``(kernel class, fields)`` of one module."""
     try:
-        kernel, fields = _told(adapter, adapter.kind.read, peft_fields.Part(module, tuple(shape), read, adapter.config, shared))
-        base = jax.ShapeDtypeStruct(tuple(shape)[::-1], jnp.float32)
+        kernel, fields = _told(adapter, adapter.kind.read, part)
+        base = jax.ShapeDtypeStruct(part.shape[::-1], jnp.float32)
         one = {"tasks": jnp.zeros((), jnp.int32)} if issubclass(kernel, Routed) else {}  # else it is no matrix
         made = jax.eval_shape(lambda w, f: kernel(w, **f, **one).dense(), base, fields).shape
     except (TypeError, ValueError) as error:
         made = f"no matrix ({str(error).splitlines()[0][:80]})"
-    if made != tuple(shape)[::-1]:
-        sizes = ", ".join(f"{s} {list(x.shape)}" for s, x in read.items())
-        raise UserError(f"{where}: {module}: {sizes} do not fit the model's matrix of {'x'.join(map(str, shape))}: "
-                        "an adapter for another base")
+    if made != part.shape[::-1]:
+        sizes = ", ".join(f"{s} {list(x.shape)}" for s, x in part.tensors.items())
+        raise UserError(f"{adapter.checkpoint.path}: {part.module}: {sizes} do not fit the model's matrix of "
+                        f"{'x'.join(map(str, part.shape))}: an adapter for another base")
     return kernel, fields
-
-
-def _apply(config, params, found, whole, start):
-    flat = tree.flatten(params, is_leaf=is_kernel)
-    depth = config.num_layers - next((w.shape[0] for p, w in flat.items() if p.startswith("layers/")), 0)
-
-    def place(row):
-        if row.layer is None:
-            return row.path, None
-        if row.layer < depth:
-            return "frozen_" + row.path, row.layer
-        return row.path, row.layer - depth
-
-    for row, array in whole.items():
-        path, i = place(row)
-        if is_kernel(flat[path]):
-            raise UserError(f"{path}: the adapter replaces it whole, but it already carries a kernel; load it first")
-        if callable(array):  # what it was becomes what it is
-            array = array(np.asarray(flat[path] if i is None else flat[path][i]))
-        array = jnp.asarray(array.T if row.transposed else array)
-        flat[path] = array if i is None else flat[path].at[i].set(array)
-    grouped = collections.defaultdict(dict)
-    for row, part in found.items():
-        path, i = place(row)
-        grouped[path][i] = part
-    for path, layers in grouped.items():
-        base = _moved(path, flat[path], layers, start) if start else flat[path]
-        flat[path] = kernel = _around(path, base, layers)
-        bias = path.removesuffix("kernel") + "bias"
-        if type(kernel) in ON_BIAS and bias in flat:
-            flat[bias] = ON_BIAS[type(kernel)][1](kernel, flat[bias])
-    return tree.nest(flat)
-
-
-def _moved(path, leaf, layers, start):
-    """What PEFT leaves frozen when an adapter starts from a part of W: that of the same kernel here."""
-    for i, (_, fields) in layers.items():
-        rank, w = fields["a"].shape[-1], leaf if i is None else leaf[i] if not is_kernel(leaf) else leaf
-        try:
-            rest = registry.call("kernel", start, w, None, rank=rank, alpha=float(fields["scale"]) * rank).base
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        leaf = rest if i is None else leaf.at[i].set(rest)
-    return leaf
-
-
-def _around(path, leaf, layers):
-    """The kernel of ``{layer (None outside the stack): (class, fields)}`` around a leaf."""
-    kernel, fields = next(iter(layers.values()))
-    if any(k is not kernel for k, _ in layers.values()):
-        raise UserError(f"{path}: its layers carry adapters of different forms, which a stack of layers cannot hold")
-    if None not in layers:
-        held = [layers[i][1] if i in layers else _neutral(kernel, fields, leaf, i) for i in range(leaf.shape[0])]
-        try:
-            fields = jax.tree.map(functools.partial(_stack, kernel in PADDED), *held)
-        except ValueError:
-            raise UserError(f"{path}: its layers carry factors of different sizes, which a stack of layers cannot hold") from None
-    return kernel(leaf, **jax.tree.map(jnp.asarray, fields))
-
-
-def _neutral(kernel, fields, leaf, i):
-    """The fields of a layer that the adapter leaves out, after those of one that it has."""
-    zeros = {n: jax.tree.map(np.zeros_like, x) if n in kernel.trainable else x for n, x in fields.items()}
-    return zeros | (NEUTRAL[kernel](fields, dense(jax.tree.map(lambda x: x[i], leaf))) if kernel in NEUTRAL else {})
-
-
-def _stack(padded, *arrays):
-    if padded:
-        shape = tuple(max(sizes) for sizes in zip(*(np.shape(x) for x in arrays), strict=True))
-        arrays = [np.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]) if shape else x for x in arrays]
-    return np.stack(arrays)

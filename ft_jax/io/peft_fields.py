@@ -8,18 +8,21 @@ import numpy as np
 
 from ft_jax.errors import UserError
 from ft_jax.kernels import Kernel
+from ft_jax.kernels.orthogonal import coefficients
 
 FIXED = {"bias": "none", "fan_in_fan_out": False}  # config fields that are honoured at these values alone
 
 
 class Part(NamedTuple):
-    """One adapted matrix of a file: its module's name, stored shape ``(out, in)``, tensors by suffix, the file's config and shared tensors."""
+    """One adapted matrix of a file: its module's name, stored shape ``(out, in)``, tensors by suffix, the file's config and
+    shared tensors, and the base's own matrix, stored alike."""
 
     module: str
     shape: tuple[int, int]
     tensors: dict
     config: dict
     shared: dict
+    base: Callable[[], np.ndarray] | None = None
 
 
 class Kind(NamedTuple):
@@ -34,6 +37,7 @@ class Kind(NamedTuple):
     shared: tuple[str, ...] = ()  # tensors that all modules share
     numbers: tuple[str, ...] = ()  # config fields that have to be numbers
     fixed: tuple[str, ...] = ("bias", "fan_in_fan_out")  # which of FIXED its config has
+    on_bias: Callable | None = None  # Part, the bias of its module -> the bias, for a kind whose tensors change that too
     # Kinds without a kernel, which change plain leaves of the tree:
     holds: Callable | None = None  # checkpoint name of a changed tensor -> whether it is one of this kind's
     leaf: str = "weight"  # which tensor of a module is changed
@@ -66,6 +70,22 @@ def scale_of(config, module, rank):
     """alpha / rank, or alpha / √rank for rsLoRA, as the config has it for a module; UserError for a bad pattern."""
     alpha = pattern(config, "alpha_pattern", module, config.get("lora_alpha", config.get("alpha")))
     return np.float32(alpha / rank ** (0.5 if config.get("use_rslora") else 1.0))
+
+
+def series_of(config):
+    """The coefficients of a config's Cayley-Neumann series; UserError for one that holds no rotation."""
+    terms = config.get("num_cayley_neumann_terms", 5)
+    if not isinstance(terms, int) or terms < 2:
+        raise UserError(f"num_cayley_neumann_terms is {terms!r}; a series has at least 2 terms")
+    return coefficients(4 if terms == 3 else terms)  # PEFT's loop runs once more than 3 says
+
+
+def terms_of(found, value):
+    """How many terms the matrices' series have, 0 for the exact transform; UserError for 3, which PEFT cannot say."""
+    terms = same(found, "the series", value)
+    if terms == 3:
+        raise UserError(f"{next(iter(found))}: a series of 3 terms, which PEFT does not have; 2 and 4 it has")
+    return terms
 
 
 def most_common(values):

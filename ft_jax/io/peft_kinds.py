@@ -6,12 +6,13 @@ Torch stores matrices as ``[out, in]``, so every factor is transposed against ou
 import numpy as np
 
 from ft_jax.errors import UserError
+from ft_jax.io import peft_aware, peft_fields, peft_rows
 from ft_jax.io.peft_fields import Kind, alphas, is_norm, most_common, pattern, same, scale_of, whole_number
-from ft_jax.io.peft_rows import ROWS
 from ft_jax.kernels import LowRank
+from ft_jax.kernels.aware import RemovedOrthogonal, ReplacedOrthogonal, SubspaceScaled, orthonormal
 from ft_jax.kernels.blocks import BlockAffine, Shards
 from ft_jax.kernels.lowrank import Dora, LowRankB
-from ft_jax.kernels.orthogonal import Butterfly, Reflected, Rotated, RotatedBySeries, Turned, coefficients, side
+from ft_jax.kernels.orthogonal import Butterfly, Reflected, Rotated, RotatedBySeries, Turned, side
 from ft_jax.kernels.products import Hadamard, Kronecker, RandomBases, Scattered, SharedRank, factorisation
 from ft_jax.kernels.scale import ScaledIn, ScaledOut
 from ft_jax.kernels.subspace import Triplets
@@ -25,6 +26,14 @@ def _even(fields):
     return {"u": np.ones_like(fields["u"])}
 
 
+def _put_back(fields, w):
+    return {"p": fields["p"], "r": np.asarray(w, np.float32) @ np.asarray(orthonormal(fields["p"])) / fields["scale"]}
+
+
+def _always_removed(fields, w):
+    raise UserError("layers without an adapter beside those of a PaRa by QR, which always removes directions")
+
+
 # What a layer without an adapter holds where zeros would change it: fields of a layer with one, its matrix -> fields.
 NEUTRAL = {
     ScaledIn: lambda fields, w: {"s": np.ones_like(fields["s"])},
@@ -33,6 +42,9 @@ NEUTRAL = {
     Dora: lambda fields, w: {"magnitude": np.linalg.norm(np.asarray(w, np.float32), axis=0)},
     Reflected: lambda fields, w: _even(fields),
     Turned: lambda fields, w: {"sizes": np.ones_like(fields["sizes"])},
+    SubspaceScaled: lambda fields, w: {n: np.ones_like(fields[n]) for n in ("into", "out")},
+    ReplacedOrthogonal: _put_back,
+    RemovedOrthogonal: _always_removed,
 }
 # Kernels whose PEFT form changes a layer's bias too: what it does, and bias -> bias.
 ON_BIAS = {
@@ -210,19 +222,14 @@ def _write_shira(found):
 
 
 def _read_oft(part):
-    skew, terms = part.tensors["oft_R.weight"], part.config.get("num_cayley_neumann_terms", 5)
+    skew = part.tensors["oft_R.weight"]
     if not part.config.get("use_cayley_neumann", True):
         return Rotated, {"skew": skew}
-    if not isinstance(terms, int) or terms < 2:
-        raise UserError(f"num_cayley_neumann_terms is {terms!r}; a series has at least 2 terms")
-    # PEFT's loop runs once more than 3 says.
-    return RotatedBySeries, {"skew": skew, "series": coefficients(4 if terms == 3 else terms)}
+    return RotatedBySeries, {"skew": skew, "series": peft_fields.series_of(part.config)}
 
 
 def _write_oft(found):
-    terms = same(found, "the series", lambda k: k.series.shape[-1] if isinstance(k, RotatedBySeries) else 0)
-    if terms == 3:
-        raise UserError(f"{next(iter(found))}: a series of 3 terms, which PEFT does not have; 2 and 4 it has")
+    terms = peft_fields.terms_of(found, lambda k: k.series.shape[-1] if isinstance(k, RotatedBySeries) else 0)
     block = same(found, "the block", lambda k: side(k.skew.shape[-1]))
     shared = {m: k.skew.shape[-2] == 1 and k.shape[-2] != block for m, k in found.items()}
     one = any(shared.values())
@@ -303,7 +310,8 @@ KINDS = {
         Kind("BOFT", (Butterfly,), ("boft_R", "boft_s"), _read_boft, _write_boft),
         Kind("IA3", (ScaledIn, ScaledOut), ("ia3_l",), _read_ia3, _write_ia3, fixed=("fan_in_fan_out",)),
         Kind("MISS", (Shards, BlockAffine), ("miss_block",), _read_miss, _write_miss, fixed=("bias",)),
-        *ROWS,
+        *peft_rows.ROWS,
+        *peft_aware.ROWS,
         Kind("LN_TUNING", (), (), None, None, fixed=(), holds=is_norm),
         *(Kind(name, (), (), None, None, shared=("prompt_embeddings",), numbers=("num_virtual_tokens",), fixed=())
           for name in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")),  # taps: ft_jax/io/peft_prompts.py

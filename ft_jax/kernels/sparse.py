@@ -160,7 +160,8 @@ def _sparse(w, rng, share, pick):
 def sparse(w, rng, *, share=0.01, pick="largest"):
     """Sparse delta: W + S, S = 0 at first and trained at ``share`` of the places, the ``pick`` |W|: largest, smallest, random.
 
-    ``regrow`` moves the places as SpIEL does. A step's memory for a matrix is n numbers a token. Raises UserError for a
+    ``regrow`` moves the places as SpIEL does; as it is, largest or smallest, this is Super-Tuning (arXiv:2607.09287), and
+    ``supra`` puts LoRA beside it. A step's memory for a matrix is n numbers a token. Raises UserError for a
     share outside (0, 1] and an unknown pick.
     """
     return _sparse(w, rng, share, pick)

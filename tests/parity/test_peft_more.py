@@ -21,7 +21,7 @@ from ft_jax.io import files, hf, peft, peft_prompts
 from ft_jax.io.peft_kinds import KINDS
 from ft_jax.kernels import mixture
 from ft_jax.kernels.spectrum import places_of
-from tests.parity import peft_adapters, test_peft_methods
+from tests.parity import peft_adapters, test_peft_aware, test_peft_methods
 from tests.parity.peft_adapters import IDS, MODELS, SITES, assert_same, base_model, merged_logits, torch_logits
 
 pytestmark = pytest.mark.slow
@@ -43,25 +43,20 @@ METHODS = {
 }  # fmt: skip
 # Every kind of the installed PEFT that has no row in KINDS, and why.
 LACKING = {
-    "MULTITASK_PROMPT_TUNING": "prompts shared among tasks; only single-task prompts exist here",
-    "ADAPTION_PROMPT": "gated prompts inside attention, for Llama alone",
-    "CPT": "prompts with a loss of their own",
-    "CARTRIDGE": "a trained key-value cache, not a change of weights",
+    "MULTITASK_PROMPT_TUNING": "prompts shared among tasks, each times a low-rank matrix of its task; only single-task prompts exist here",
+    "ADAPTION_PROMPT": "prompts that enter attention beside the tokens, by a gate of their own; the prefix here shares the tokens' softmax",
+    "CPT": "a prompt of real tokens, each held within its own distance of them, with a loss on the prompt's labels",
+    "CARTRIDGE": "a key-value cache whose first tokens stay frozen; the prefix here trains all of its own",
     "XLORA": "mixes adapters by a network over hidden states; `loramoe` is the nearest here",
     "VBLORA": "one trained bank of vectors is shared by all matrices, and a kernel trains its own numbers alone",
-    "UNILORA": "one trained vector is shared by all matrices, as in VBLORA",
-    "TINYLORA": "its few trained numbers are shared among matrices, as in VBLORA",
-    "OSF": "trains a whole matrix in an orthogonal subspace, with projected gradients: an update, not an adapter",
-    "ADAMSS": "not implemented here",
-    "LILY": "factors shared among layers, as in VBLORA",
-    "FROD": "not implemented here",
-    "PVERA": "draws from a distribution in the forward pass; a kernel is a matrix",
-    "GLORA": "not implemented here",
-    "PSOFT": "not implemented here",
-    "PEANUT": "the change of a matrix is a small network of that matrix; not implemented here",
-    "SHADOW": "not implemented here",
-    "SUPERTUNING": "not implemented here",
-    "DEFT": "not implemented here",
+    "UNILORA": "one trained vector is read by all matrices at fixed random places, as in VBLORA",
+    "TINYLORA": "its trained vectors belong to groups of matrices, numbered by the order of PEFT's modules, as in VBLORA",
+    "LILY": "A is shared by neighbouring layers and every B by all, mixed by a router over the batch's tokens, as in VBLORA",
+    "OSF": "trains the factors of W's smaller singular values, as many numbers as W or more, with gradients kept off the larger: an update",
+    "PVERA": "training draws each token's low-rank activation from a distribution; a kernel is one matrix, without random numbers",
+    "ADAMSS": "its file leaves out which outputs a subspace moves: PEFT finds them again by torch's random svd_lowrank and scikit-learn's k-means",
+    "FROD": "its d_in x d_in basis is made from the matrices of all layers together; a kernel sees the one that it stands for",
+    "SHADOW": "a second, trained network runs beside the decoder and corrects the inputs of whole blocks; no matrix changes",
 }
 
 
@@ -356,8 +351,8 @@ def test_layers_without_an_adapter_are_left_alone(bases, tmp_path):
 
 
 def test_every_kind_is_tried():
-    """No row of the table is without a method in these two files."""
-    tables = {**test_peft_methods.METHODS, **METHODS}
+    """No row of the table is without a method in these three files."""
+    tables = {**test_peft_methods.METHODS, **METHODS, **test_peft_aware.METHODS}
     tried = {config(["x"]).peft_type.value for config, _ in tables.values()} | {"LN_TUNING", "POLY", *WITHOUT_KERNEL, *peft_prompts.TYPES}  # prompts: test_peft_prompts.py
     assert tried == set(KINDS)
 
