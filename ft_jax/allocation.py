@@ -76,12 +76,24 @@ def adalora_adamw(*, learning_rate=1e-3, target=8.0, begin=0.1, end=0.7, every=1
     return optax.GradientTransformation(init, update)
 
 
+def quantile(x, q):
+    """`torch.quantile(x, q)` along the last axis, which stays as one of size 1: linear between neighbours, in float32.
+
+    As torch it goes from the lower neighbour by a weight: of equal numbers none comes to lie below the result.
+    """
+    ordered, rank = jnp.sort(x, axis=-1), np.float32(q) * np.float32(x.shape[-1] - 1)
+    low, weight = int(rank), rank - np.floor(rank)
+    a, b = ordered[..., low, None], ordered[..., int(np.ceil(rank)), None]
+    return a + weight * (b - a) if weight < 0.5 else b - (1 - weight) * (b - a)
+
+
 @register("update", "migu", paper="arXiv:2406.17245", whole=True)
 def migu(*, learning_rate=1e-3, share=0.3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
-    """MIGU: AdamW on the gradient of the ``share`` of a matrix's outputs with the largest Σ |x W + b| over the batch.
+    """MIGU: AdamW on the gradient of the outputs whose Σ |x W + b| over a batch reaches a matrix's (1 - share)-quantile.
 
     For matrices of the layers, with their biases, and the B of low-rank kernels; the rest of the tree trains throughout.
-    Gradients are cut, as published; what momentum holds still moves. Raises UserError for a share outside (0, 1].
+    The quantile is that of the published code, which counts padding too where this one does not. Gradients are cut, as
+    published; what momentum holds still moves. Raises UserError for a share outside (0, 1].
     """
     if not 0 < share <= 1:
         raise UserError(f"update 'migu': share is {share}; it is a share of a matrix's outputs above 0 and up to 1")
@@ -91,8 +103,7 @@ def migu(*, learning_rate=1e-3, share=0.3, b1=0.9, b2=0.999, eps=1e-8, weight_de
         del extra
         on = {}
         for path, size in outputs().items():
-            least = jnp.sort(size, axis=-1)[:, -max(1, round(share * size.shape[-1])), None]
-            on |= dict.fromkeys((path, path.removesuffix("kernel") + "bias", path + "/b"), size >= least)
+            on |= dict.fromkeys((path, path.removesuffix("kernel") + "bias", path + "/b"), size >= quantile(size, 1 - share))
 
         def cut(path, g):
             return g * (on[path][:, None] if g.ndim == 3 else on[path]).astype(g.dtype) if path in on else g

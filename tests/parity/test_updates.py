@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from ft_jax import masks, models, registry, tree, updates
+from ft_jax import allocation, masks, models, registry, tree, updates
 from ft_jax.io import hf
 from tests import folders, gate_trees
 from tests.gate_trees import LAYERS
@@ -115,6 +115,32 @@ def test_a_fixed_gate_is_a_masked_gradient(mask):
         theirs.step(float(lr(step)), lambda *_: True, Torch.tensors(whole))
     theirs.assert_equal(found, 2e-6)
     assert LAYERS > 1
+
+
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.3, 0.5, 0.7, 1.0])
+def test_migu_keeps_the_outputs_that_its_published_code_keeps(share):
+    """Its lines: outputs summed by a hook, kept from `torch.quantile(sums, 1 - share)` up, `weight.grad` times that, AdamW."""
+    torch.manual_seed(0)
+    rng, tx = np.random.default_rng(0), registry.call("update", "migu", learning_rate=RATE, share=share, **ADAM)
+    for width in (1, 2, 3, 8, 11, 12, 21, 48, 101, 768):
+        layer, x, target = torch.nn.Linear(5, width, bias=False), torch.randn(4, 6, 5), torch.randn(4, 6, width)
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight.mul(16).round() / 16)  # few values, so that sums of outputs tie
+            x = x.round()
+        before, sums = layer.weight.detach().clone(), []
+        layer.register_forward_hook(lambda m, i, out, w=width, sums=sums: sums.append(out.reshape(-1, w).abs().sum(0)))
+        (layer(x) - target).square().mean().backward()
+        grad = layer.weight.grad.clone()
+        layer.weight.grad *= (sums[0] >= torch.quantile(sums[0], 1 - share)).float().unsqueeze(-1)
+        torch.optim.AdamW(layer.parameters(), lr=RATE, betas=(ADAM["b1"], ADAM["b2"]), eps=ADAM["eps"],
+                          weight_decay=ADAM["weight_decay"]).step()  # fmt: skip
+        params, grads = ({"layers": {"mlp": {"up": {"kernel": jnp.asarray(w.numpy().T[None])}}}} for w in (before, grad))
+        moves, _ = tx.update(grads, tx.init(params), params, outputs=lambda s=sums[0]: {"layers/mlp/up/kernel": jnp.asarray(s.detach().numpy()[None])})
+        moved = params["layers"]["mlp"]["up"]["kernel"][0] + moves["layers"]["mlp"]["up"]["kernel"][0]
+        np.testing.assert_allclose(moved, layer.weight.detach().numpy().T, rtol=0, atol=1e-6, err_msg=str(width))
+        spread = torch.tensor(rng.standard_normal((3, width)), dtype=torch.float32).abs()
+        mine = np.asarray(allocation.quantile(jnp.asarray(spread.numpy()), 1 - share))[:, 0]
+        np.testing.assert_array_equal(spread.numpy() >= mine[:, None], (spread >= spread.quantile(1 - share, 1, True)).numpy())
 
 
 @pytest.mark.parametrize("family, task, auto", [
