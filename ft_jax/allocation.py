@@ -13,6 +13,9 @@ from ft_jax.kernels import subspace
 from ft_jax.registry import register
 from ft_jax.updates import adamw
 
+# Matrices whose outputs CoFiTune's soft mask goes by, and the site where a gate on them is felt.
+GATED = {"layers/mlp/up/kernel": "ffn_hidden", "layers/mlp/down/kernel": "ffn_out"}
+
 
 class BudgetState(NamedTuple):
     """Steps taken, AdaLoRA's smoothed sensitivity and uncertainty, the optimiser's state."""
@@ -122,26 +125,26 @@ class SoftState(NamedTuple):
 
 @register("update", "cofitune_soft", paper="arXiv:2404.10306", whole=True)
 def cofitune_soft(*, learning_rate=1e-3, scores="", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
-    """CoFiTune's soft mask: AdamW on (1 - I) · gradient, I = |tanh((s - mean) / std)|, s_i = |Σ_o θ_io ∂L/∂θ_io| of a unit.
+    """CoFiTune's soft mask: AdamW on (1 - I) · gradient, I = |tanh((s - mean) / std)|, s the slope of a gate on a unit.
 
-    s is the slope of a gate on the unit's output: i a row of mlp/down, mean and std over a layer's units. I is shared by the
-    unit's column of mlp/up and mlp/gate and its bias. scores: a folder by ``python -m ft_jax.importance --kind=gradient`` on
-    general text; the paper's loss there is a KL between two dropout passes. Raises UserError without scores or where no FFN
-    trains.
+    For the outputs of mlp/up and mlp/down, with their biases: mean and std (of n - 1) are over a layer's units of one of
+    them, s keeps its sign. scores: a folder by ``python -m ft_jax.importance --kind=disagreement`` on general text.
+    A unit's openness multiplies its own weights, as the paper has it; the published patch of its optimiser repeats it along
+    the flat gradient instead, where it meets other units. Raises UserError without scores or where neither trains.
     """
     plain = adamw(learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    down = "layers/mlp/down/kernel"
 
     def init(params):
         held = tree.flatten(params)
-        if down not in held:
-            raise UserError(f"update 'cofitune_soft' goes by the units of {down}, and that does not train here as a plain matrix")
-        slope = masks.scores_of(scores, "gradient", tree.nest({down: held[down]}))[down]
-        size = jnp.abs((held[down] * slope).sum(-1))
-        spread = (size - size.mean(-1, keepdims=True)) / jnp.maximum(size.std(-1, keepdims=True), 1e-12)
-        free = 1 - jnp.abs(jnp.tanh(spread))
-        at = {down: free[..., None]} | {f"layers/mlp/{n}/kernel": free[:, None] for n in ("up", "gate")}
-        at |= {f"layers/mlp/{n}/bias": free for n in ("up", "gate")}
+        widths = {path: held[path].shape[:1] + held[path].shape[-1:] for path in GATED if path in held}
+        if not widths:
+            raise UserError(f"update 'cofitune_soft' goes by the units of {' and '.join(GATED)}, and neither trains here as a plain matrix")
+        wanted = tree.nest({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in widths.items()})
+        at = {}
+        for path, slope in masks.scores_of(scores, "disagreement", wanted).items():
+            far = (slope - slope.mean(-1, keepdims=True)) / np.maximum(slope.std(-1, ddof=1, keepdims=True), 1e-30)
+            free = jnp.asarray(1 - np.abs(np.tanh(far)))
+            at |= {path: free[:, None], path.removesuffix("kernel") + "bias": free}
         return SoftState({path: x for path, x in at.items() if path in held}, plain.init(params))
 
     def update(grads, state, params=None):
