@@ -13,7 +13,7 @@ import json
 import jax
 from tqdm.auto import tqdm
 
-from ft_jax import kernels, search, train
+from ft_jax import kernels, recipe, search, train
 from ft_jax.analysis import forgetting, report
 from ft_jax.data import examples, pipeline
 from ft_jax.errors import UserError, nearest
@@ -153,11 +153,13 @@ def search_tree(config, tree, workdir):
 
 def _dry(config, tree):
     """The metric of all nodes' configs; UserError, which names the node, for one that cannot be trained."""
-    metrics = {}
+    metrics, bases = {}, {}  # a base is read once for all nodes that start from it
     for node in _all(tree):
         try:
             cfg = train.ready(search.config_of(config, node["settings"]))
-            train.prepare(cfg, dry=True)
+            key = json.dumps(cfg["model"], sort_keys=True)
+            bases[key] = bases.get(key) or recipe.load(cfg["model"], jax.random.key(0))
+            train.prepare(cfg, base=bases[key], dry=True)
         except UserError as error:
             raise UserError(f"tree: node {node['node']}: {error}") from None
         metrics.setdefault(cfg["eval"]["metric"], node["node"])

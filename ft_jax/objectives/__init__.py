@@ -1,4 +1,4 @@
-"""What a run minimises: ``(apply, params, batch, rng, **hp) -> (loss, metrics)``.
+"""What a run minimises: ``(apply, params, batch, rng, **hp) -> (loss, metrics)``; in a config ``name`` or ``name(hp)``.
 
 ``apply(params, inputs, rng)`` returns logits. Every metric is a mean over ``metrics["weight"]`` units
 (examples or target tokens), so that micro-batches and padded batches average exactly.
@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ft_jax import registry
+from ft_jax.errors import UserError
+from ft_jax.kernels import parse_rule
 from ft_jax.registry import register
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids", "positions", "tasks")
+
+
+def data_of(text):
+    """As what the examples of a config's objective are encoded: a key of `data.pipeline.OBJECTIVES`."""
+    name, _ = parse_rule(text)
+    return registry.get("objective", name).traits["data"] or name
 
 
 def inputs_of(batch):
@@ -33,16 +42,46 @@ def classification(apply, params, batch, rng):
     return metrics["loss"], metrics
 
 
+def _targets(batch):
+    """``(ids, mask)`` [B, T-1] of what every position but the last is to predict."""
+    mask = batch["loss_mask"][:, 1:].astype(jnp.float32)
+    return batch["input_ids"][:, 1:], mask * batch["weight"][:, None] if "weight" in batch else mask
+
+
+def _next_tokens(logits, targets, mask, **more):
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    hits = (logits.argmax(-1) == targets).astype(jnp.float32)
+    return _weighted({"loss": losses, "accuracy": hits, **more}, mask)
+
+
 @register("objective", "causal_lm", paper="maximum likelihood")
 def causal_lm(apply, params, batch, rng):
     """Cross-entropy of the next token where ``loss_mask`` [B,T] marks the target; metrics loss, accuracy (of tokens)."""
-    logits = apply(params, inputs_of(batch), rng)[:, :-1]
-    targets, mask = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:].astype(jnp.float32)
-    if "weight" in batch:
-        mask = mask * batch["weight"][:, None]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-    hits = (logits.argmax(-1) == targets).astype(jnp.float32)
-    metrics = _weighted({"loss": losses, "accuracy": hits}, mask)
+    metrics = _next_tokens(apply(params, inputs_of(batch), rng)[:, :-1], *_targets(batch))
+    return metrics["loss"], metrics
+
+
+@register("objective", "instruction_alignment", paper="arXiv:2306.11270", data="causal_lm", needs=("paraphrases",))
+def instruction_alignment(apply, params, batch, rng, *, weight=0.5):
+    """Instruction alignment: cross-entropy + weight · KL(p ‖ q), p and q of the answer after an instruction and a paraphrase.
+
+    The paper aligns what equivalent instructions make of an input, with a soft prompt (here any method, as
+    ``prompt_tuning``). Of its training no code is published: the constant first side of the KL, its mean over the answer's
+    tokens and the default weight are ours. Batch: as causal_lm's, and ``paraphrase_input_ids``, ``_attention_mask`` and
+    ``_loss_mask`` [B,T] of the same answers, as long. Metrics loss (the sum), accuracy, divergence (KL, nats a token).
+    """
+    if weight < 0:
+        raise UserError(f"objective 'instruction_alignment': weight is {weight}; it cannot be negative")
+    both = {k: jnp.concatenate([v, batch.get(f"paraphrase_{k}", v)]) for k, v in inputs_of(batch).items()}
+    logits, other = jnp.split(apply(params, both, rng)[:, :-1].astype(jnp.float32), 2)
+    targets, mask = _targets(batch)
+    starts = [(m[:, 1:] > 0).argmax(-1) for m in (batch["loss_mask"], batch["paraphrase_loss_mask"])]
+    places = jnp.arange(mask.shape[1]) + (starts[1] - starts[0])[:, None]
+    other = jnp.take_along_axis(other, jnp.clip(places, 0, mask.shape[1] - 1)[..., None], axis=1)
+    log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits))
+    divergence = (jnp.exp(log_p) * (log_p - jax.nn.log_softmax(other))).sum(-1)
+    metrics = _next_tokens(logits, targets, mask, divergence=divergence)
+    metrics["loss"] += weight * metrics["divergence"]
     return metrics["loss"], metrics
 
 
