@@ -303,7 +303,7 @@ def _adapters_of(runs):
     return {"a": a, "b": b, "scale": jnp.ones(a.shape[:-3], jnp.float32)}
 
 
-@register("kernel", "meteora", paper="arXiv:2405.13053", start="moved", merges=False,
+@register("kernel", "meteora", paper="arXiv:2405.13053", start="moved", merges=False, fit={"k": 3},
           parents=Parents(LowRank, "lora", _adapters_of))  # fmt: skip
 def meteora(w, rng, *, runs="", k=2, gate_loss=0.0, start=None):
     """MeteoRA: W + Σ_e g_e A_e B_e of finished runs' LoRA, frozen; g the ``k`` largest of softmax(x G) made to sum to 1; G trains.

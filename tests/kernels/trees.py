@@ -27,14 +27,14 @@ def covariance(w):
     return jnp.swapaxes(x, -1, -2) @ x / 400
 
 
-# What methods that start from finished runs are handed: those that trained in them, and how many.
-PARENTS = {**dict.fromkeys(("mhr_z", "mhr_mu"), ("mhr(tasks=2, skills=3, splits=2, rank=4)", 1)), "meteora": ("lora(rank=4)", 3)}
+# What methods that start from finished runs are handed: those that trained in them, how many and how far.
+PARENTS = {**dict.fromkeys(("mhr_z", "mhr_mu"), ("mhr(tasks=2, skills=3, splits=2, rank=4)", 1, 24)), "meteora": ("lora(rank=4)", 3, 7)}
 
 
 def start_of(name, w):
     """``start`` of such a method around ``w``: kernels away from their start, in proportion to w."""
-    text, count = PARENTS[name]
-    runs = [moved(put({"w": {"kernel": w}}, text, seed=i), seed=i + 20, size=24 / w.shape[-2])["w"]["kernel"] for i in range(count)]
+    text, count, size = PARENTS[name]
+    runs = [moved(put({"w": {"kernel": w}}, text, seed=i), seed=i + 20, size=size / w.shape[-2])["w"]["kernel"] for i in range(count)]
     return trait(name, "parents").make(runs)
 
 
