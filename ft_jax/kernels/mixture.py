@@ -306,7 +306,7 @@ def _adapters_of(runs):
 @register("kernel", "meteora", paper="arXiv:2405.13053", start="moved", merges=False, fit={"k": 3},
           parents=Parents(LowRank, "lora", _adapters_of))  # fmt: skip
 def meteora(w, rng, *, runs="", k=2, gate_loss=0.0, start=None):
-    """MeteoRA: W + Σ_e g_e A_e B_e of finished runs' LoRA, frozen; g the ``k`` largest of softmax(x G) made to sum to 1; G trains.
+    """MeteoRA: W + Σ_e g_e A_e B_e of finished runs' LoRA; g the ``k`` largest of softmax(x G), summing to 1; G trains.
 
     A gate for each matrix, by token, Kaiming-uniform. The loss may have ``gate_loss`` times the cross-entropy of softmax(x G)
     with the adapter of a row's task (the published code: 50). Left out: dropout. start: a ``[..., e, d_in, r]``, b

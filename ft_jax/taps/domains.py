@@ -119,7 +119,7 @@ def _gate(rng, stack, hidden, width, count):
 
 @register("tap", "mixda_domain", paper="arXiv:2306.05406", sites="ffn_out", needs=("widths", "config"), start="moved", fit={"width": 8})
 def mixda_domain(site, shape, rng, *, reduction=16, width=768, keep=2.0, domain=0, widths=None, config=None):
-    """MixDA's stage 1: g_0 (gelu(h D + d) U + u) + g_1 y, with a term that keeps the layers' outputs on texts of other sources.
+    """MixDA's stage 1: g_0 (gelu(h D + d) U + u) + g_1 y, and a term that keeps the layers' outputs on other sources' texts.
 
     For a run of a language model (objective mlm or causal_lm) on several sources: the loss is of the one numbered ``domain``,
     and ``keep`` times the mean square of what the tap changes of the layer's output is of the others (the published code: 0.5
@@ -149,11 +149,12 @@ def _adapters_of(taps):
 @register("tap", "mixda", paper="arXiv:2306.05406", sites="ffn_out", needs=("widths", "config"), start="moved", fit={"width": 8},
           parents=Parents(Domain, "mixda_domain", _adapters_of, (*ADAPTERS, *GATE)))  # fmt: skip
 def mixda(site, shape, rng, *, runs="", reduction=16, width=768, widths=None, config=None, start=None):
-    """MixDA's stage 2: z = Σ_i g_i (gelu(h D_i + d_i) U_i + u_i) + g_n y of finished runs, frozen; z + silu(r D + d) U + u, r after z.
+    """MixDA's stage 2: z = Σ_i g_i (gelu(h D_i + d_i) U_i + u_i) + g_n y of finished runs; then z + silu(r D + d) U + u.
 
-    The second part is a Pfeiffer adapter of o / ``reduction`` units, D, U ~ N(0, .02²): the published script's choice of task
-    adapter. It trains with the gate, which is a single run's own and else a new one of ``width``. start: the adapters of
-    ``mixda_domain`` on an axis n. Raises UserError away from ``ffn_out`` and for adapters of several sizes.
+    h the FFN's hidden units, y its output; the runs' adapters are frozen, r is what would follow z. The second part is a
+    Pfeiffer adapter of o / ``reduction`` units, D, U ~ N(0, .02²): the published script's choice of task adapter. It trains
+    with the gate, which is a single run's own and else a new one of ``width``. start: the adapters of ``mixda_domain`` on an
+    axis n. Raises UserError away from ``ffn_out`` and for adapters of several sizes.
     """
     del runs
     stack, features, hidden = _sizes("mixda", site, shape, widths, reduction, width)
