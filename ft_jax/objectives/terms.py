@@ -4,8 +4,8 @@ A loss has ``weight · penalty`` by name, the mean over the matrices that have i
 
 A kernel class gives ``term``, the name, and its kernels a field ``weight [...]``, None where none is asked for. What it
 gives is ``penalty()``, a number for each matrix of a stack; with ``reads`` it is ``penalty(x, real, tasks)`` of one matrix
-and of what goes into it, which a tap has seen; a tap may give a term too, of the activations that it ``sees``; with ``learns_from`` the model with the matrices of that field is a teacher.
-Evaluation (no rng) takes no terms.
+and of what goes into it, which a tap has seen; with ``learns_from`` the model with the matrices of that field is a teacher.
+A tap gives a term alike, of the activations that it ``sees``. Evaluation (no rng) takes no terms.
 """
 
 import jax

@@ -25,9 +25,9 @@ class Tap:
     """A function of one activation ``[..., features]`` with weights; ``trainable`` names the fields that train.
 
     ``reads`` names what else it is handed: sites of the same layer that passed before; ``after`` (at attn_out, ffn_out),
-    what would follow without the tap, and ``then``, the function that makes it; at ``side`` embed, any site of all layers as ``[layers, …]``, and ``allowed``, who
-    sees whom; at ``logits`` the ``words``, logits of the label words of all classes. A ``shared`` tap has no axis of
-    layers: ``unfold()`` is the stacked tap that the layers run.
+    what would follow without the tap, and ``then``, the function that makes it; at ``side`` embed, any site of all layers as
+    ``[layers, …]``, and ``allowed``, who sees whom; at ``logits`` the ``words``, logits of the label words of all classes. A
+    ``shared`` tap has no axis of layers: ``unfold()`` is the stacked tap that the layers run.
     """
 
     trainable: tuple[str, ...] = ()
@@ -91,8 +91,9 @@ def sites(rules):
 def attach(model, params, rules, rng, start=None):
     """Adds taps by ordered rules ``(regex over sites, "name(hp)")``; ``"none"`` leaves a site alone.
 
-    In a split stack the layers that train get taps, the frozen ones none. start: what `started` or `parents.gather` gave. Raises UserError for a rule that matches
-    no site, an unknown tap or hyper-parameter, a site that already has a tap or that cannot give what the tap reads.
+    In a split stack the layers that train get taps, the frozen ones none. start: what `started` or
+    `parents.gather` gave, for taps that start from finished runs. Raises UserError for a rule that matches no site,
+    an unknown tap or hyper-parameter, a site that already has a tap or that cannot give what the tap reads.
     """
     from ft_jax import models
 
