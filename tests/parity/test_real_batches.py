@@ -103,7 +103,7 @@ def with_kernel(world, text):
 
 KERNELS = [m.name for m in registry.methods("kernel")]
 # Λ = 0 between factors of 0.02: six steps at LoRA's rate would not show.
-KERNEL_RATES = {"adalora": 3e-2, "c3a": 3e-2, "vera": 2e-2, "did": 2e-2, "said": 2e-2, "mhr_z": 0.3, "meteora": 2e-2}
+KERNEL_RATES = {"adalora": 3e-2, "c3a": 3e-2, "vera": 2e-2, "did": 2e-2, "said": 2e-2, "mhr_z": 1.0, "meteora": 2e-2}
 FIT = {"c3a": "c3a(block=96)"}  # where the defaults fit neither width
 
 
