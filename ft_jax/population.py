@@ -23,7 +23,7 @@ from ft_jax.data import pipeline
 from ft_jax.errors import UserError
 from ft_jax.io import files
 from ft_jax.io.runs import Run
-from ft_jax.kernels import LowRank, is_kernel, parse_rule, started
+from ft_jax.kernels import LowRank, is_kernel, parse_rule
 
 # Updates that see each number of a leaf by itself, and so let ranks be padded with zeros.
 PADDED = ("adamw", "adamw_l1", "lion", "lora_plus", "sgd")
@@ -84,7 +84,7 @@ def train(configs, workdir, *, size=8, label="population"):
     todo |= {n: opened[n] for n in opened if not done[n] and n not in todo and _began_with(opened[n][1], todo)}
     load = functools.lru_cache(maxsize=1)(lambda spec: recipe.load(json.loads(spec), jax.random.key(0)))
     members = [
-        Member(name, cfg, run, _told(name, _prepare, cfg, load(_spec(cfg))))
+        Member(name, cfg, run, _told(name, _prepare, cfg, load(_spec(cfg)), run.start))
         for name, (cfg, run) in sorted(todo.items(), key=lambda item: _spec(item[1][0]))
     ]
     programs = {}
@@ -109,8 +109,8 @@ def _spec(cfg):
     return json.dumps(cfg["model"], sort_keys=True)
 
 
-def _prepare(cfg, base):
-    parts = engine.prepare(cfg, base, dry=True)
+def _prepare(cfg, base, start):
+    parts = engine.prepare(cfg, base, dry=True, start=start)
     if jax.process_count() > 1 or parts["mesh"].size != parts["mesh"].shape["data"]:
         raise UserError("a population shards its members over mesh.data of one process; set mesh.fsdp and mesh.tensor to 1")
     return parts
@@ -261,7 +261,7 @@ def _restore(member, base, first):
     cfg, run, parts = member.cfg, member.run, member.parts
     _, params, mask, fingerprint = recipe.build(recipe.of_config(cfg), base, start=run.start,
                                              gather=calibrate.of_config(cfg, engine.make_objective))
-    run.begin(started(params, cfg["method"]["kernels"]))
+    run.begin(recipe.started(params, cfg["method"]))
     trainable, frozen = tree.split(recipe.stored(params, mask, cfg["model"]["frozen_dtype"]), mask)
     opt_state = parts["tx"].init(trainable)
     meta = {"recipe": {**recipe.of_config(cfg), "fingerprint": fingerprint}, "best": None, "stale": 0}

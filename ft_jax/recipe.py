@@ -62,7 +62,7 @@ def build(recipe, base=None, dry=False, *, gather=None, start=None):
     """Loads the base, or takes one that was loaded with any rng, and applies the method.
 
     gather: ``(needs, model, params) -> data`` of `calibrate.gather`, for kernels that start from data; start: what
-    `kernels.started` gave of them when the run began, which makes them again without any data.
+    `started` gave when the run began, which makes them again without any data, and without the runs that a method starts from.
     Returns:
       (model, params, trainable mask, fingerprint of the base before anything was attached);
       with ``dry`` the params are shapes alone, and nothing is computed.
@@ -85,13 +85,18 @@ def build(recipe, base=None, dry=False, *, gather=None, start=None):
         return masks.split_layers(params, method.get("freeze_layers", 0))
 
     def attach(params, data):
-        params = taps.attach(base.model, params, method.get("taps") or (), keys[0])
+        params = taps.attach(base.model, params, method.get("taps") or (), keys[0], start)
         return kernels.adapt(params, rules, keys[1], data, start)
 
     params = jax.eval_shape(ready, base.params) if dry else ready(base.params)
     needs, data = kernels.needs(params, rules), {}
     if needs and gather and not start:
         data = calibrate.shapes(needs, params) if dry else gather(needs, base.model, params)
+    wanted = kernels.inherits(params, rules) | taps.inherits(method.get("taps") or ())
+    if wanted and not start:
+        from ft_jax import parents  # which reads runs, and they their recipes
+
+        start = parents.gather(wanted, base, spec, params)
     params = jax.eval_shape(attach, params, data) if dry else attach(params, data)
     mask = _mask(base, params, spec, method)
     taps.check_side(params, mask)
@@ -111,6 +116,11 @@ def stored(params, mask, dtype):
         return x if not frozen else jax.ShapeDtypeStruct(x.shape, DTYPES[dtype]) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(DTYPES[dtype])
 
     return tree.map_with_path(cast, params)
+
+
+def started(params, method):
+    """``{path: array}``: what kernels and taps began with that started from data or finished runs, for ``build``'s start."""
+    return kernels.started(params, method.get("kernels") or ()) | taps.started(params, method.get("taps") or ())
 
 
 def _redraw(model, params, layers, rng):

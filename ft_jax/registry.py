@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ft_jax.errors import UserError, nearest
 
@@ -21,12 +22,28 @@ KINDS = {
     "analysis": "(base, tuned, **hp) -> {name: array}",
 }
 
+
+class Parents(NamedTuple):
+    """What a method takes from the finished runs that its hyper-parameter ``runs`` names, FOLDER:FOLDER:….
+
+    At a kernel's or tap's path each run has a ``type``, trained ``by`` a method of these names; ``make`` gets them and gives
+    arrays by name, which the method gets as ``start``. A new run keeps its ``fields`` and needs the others no more.
+    """
+
+    type: type
+    by: str
+    make: Callable
+    fields: tuple[str, ...] = ("a", "b", "scale")
+
+
 # What the contract test of a kind has to know of a method and cannot see: trait -> default, given to ``register``.
 TRAITS = {
     "kernel": {
         "start": "exact",  # W bit for bit; "rounded": up to float32's rounding; "moved": another matrix
         "plain": False,  # takes a matrix apart and cannot stand around another kernel
         "needs": (),  # keyword arguments that are data, such as covariances; such a method makes a `LowRank`
+        "parents": None,  # the `Parents` of a method that starts from finished runs
+        "merges": True,  # stands for one matrix, also with values that fit; False: for one a token
         "finish": None,  # ({path: kernel}, data, **hp) -> the same, for what all matrices of a rule share
         "fit": {},  # hyper-parameters that fit a 24x16 matrix, where the defaults do not
         "flops": 0.75,  # the compiled step's share of that of full fine-tuning stays below this
@@ -35,6 +52,7 @@ TRAITS = {
         "sites": "",  # where the method goes by its name alone: a regex over sites; without one, method.taps has to say
         "start": "exact",  # the identity bit for bit; "near": but for small numbers drawn at random; "moved": another function
         "needs": (),  # keyword arguments that `taps.attach` fills in: "config" of the model, "widths" of the sites, "table" of tokens
+        "parents": None,  # as a kernel's
         "fit": {},  # hyper-parameters that fit the tiny models of the tests, where the defaults do not
     },
     "mask": {"gate": False},  # picks within the leaves that train (ft_jax/masks), and is no tree of bool

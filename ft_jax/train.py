@@ -11,7 +11,7 @@ import optax
 from flax import struct
 from tqdm.auto import tqdm
 
-from ft_jax import calibrate, gated, kernels, parallel, recipe, registry, tree, updates
+from ft_jax import calibrate, gated, parallel, recipe, registry, tree, updates
 from ft_jax.data import pipeline, prompts
 from ft_jax.errors import UserError, nearest
 from ft_jax.io import hf, tokenizer
@@ -250,6 +250,7 @@ def prepare(cfg, base=None, dry=False, start=None):
     }
     if data["train"].tasks:
         mixture.route(params, range(data["train"].tasks))  # a kernel that holds fewer tasks says so
+    terms.check(params, data["train"].tasks)
     sample = {**data["validation"].gather([0]), "weight": jnp.ones(1)}
     measured = jax.eval_shape(lambda p, batch: objective(p, batch, None)[1], params, sample).keys() - {"weight"}
     if cfg["eval"]["metric"] not in measured:
@@ -268,7 +269,7 @@ def train(cfg, workdir, *, label="train"):
     if run.summary:
         return run.summary
     parts = prepare(cfg, start=run.start)
-    run.begin(kernels.started(parts["params"], cfg["method"]["kernels"]))
+    run.begin(recipe.started(parts["params"], cfg["method"]))
     try:
         return _train(cfg, run, parts, label)
     finally:

@@ -5,7 +5,7 @@ import numpy as np
 from ft_jax.errors import UserError
 from ft_jax.io.peft_fields import Kind, is_norm, most_common, same, whole_number
 from ft_jax.kernels.blocks import Granular
-from ft_jax.kernels.mixture import Skills
+from ft_jax.kernels.mixture import SkillRouter, Skills
 from ft_jax.kernels.orthogonal import Reflected, Turned
 from ft_jax.kernels.products import Bounded, Multiplied
 from ft_jax.kernels.spectrum import Circulant, Frequencies, Wavelets, places_of
@@ -194,7 +194,7 @@ ROWS = (
          fixed=("bias",)),
     Kind("GRALORA", (Granular,), ("gralora_A", "gralora_B"), _read_gralora, _write_gralora, ("hybrid_r",),
          numbers=("alpha", "r")),
-    Kind("POLY", (Skills,), _POLY, _read_poly, _write_poly, fixed=()),
+    Kind("POLY", (Skills, SkillRouter), _POLY, _read_poly, _write_poly, fixed=()),
     Kind("TRAINABLE_TOKENS", (), ("trainable_tokens_delta",), None, None, fixed=(),
          holds=lambda name: name.endswith(("embed_tokens.weight", "word_embeddings.weight")), patch=_patch_rows, unpatch=_unpatch_rows),
     Kind("BEFT", (), ("beft_bias",), None, None, fixed=(), holds=lambda name: name.endswith(".bias") and not is_norm(name),

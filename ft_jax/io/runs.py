@@ -1,6 +1,6 @@
 """A run on disk: ``workdir/{config.json, metrics.jsonl, tensorboard/, checkpoints/, best/, DONE}``.
 
-With kernels that start from data also ``start.safetensors``: the factors that they began with.
+With methods that start from data or from other runs also ``start.safetensors``: the arrays that they began with.
 """
 
 import functools
@@ -47,7 +47,7 @@ class Run:
     def begin(self, start=None):
         """Makes the folder and notes the config; nothing is written before, so a config at fault leaves no trace.
 
-        start: what `kernels.started` gave; kept, so that the run can be rebuilt without the data that its kernels came from.
+        start: what `recipe.started` gave; kept, so that the run can be rebuilt without the data or runs that it came from.
         """
         files.make_folder(self.path)
         if start and not self.start:
@@ -88,7 +88,7 @@ class Run:
 
     @property
     def start(self):
-        """``{path: array}``: the factors with which kernels began that started from data; empty for other methods."""
+        """``{path: array}``: what kernels and taps began with that started from data or other runs; empty for other methods."""
         file = self.path / "start.safetensors"
         return dict(safetensors.Checkpoint(file).items()) if file.exists() else {}
 
@@ -182,10 +182,11 @@ class Run:
         return manager.restore(manager.latest_step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
-def load_run(workdir, which="best"):
+def load_run(workdir, which="best", base=None):
     """Rebuilds what a run trained: ``(model, params, recipe)``, params with their kernels and taps.
 
-    which: ``best`` (by the run's evaluation metric; the last checkpoint if it never evaluated) or ``last``.
+    which: ``best`` (by the run's evaluation metric; the last checkpoint if it never evaluated) or ``last``;
+    base: the `recipe.Base` of the run's ``model``, where it is loaded already.
     Raises UserError when there is no run, no checkpoint, or the base has changed since.
     """
     path = files.local(workdir)
@@ -195,7 +196,7 @@ def load_run(workdir, which="best"):
     try:
         name = "best" if which == "best" and run.latest("best") is not None else "checkpoints"
         recipe = run.meta(name)["recipe"]
-        model, params, mask, _ = recipes.build(recipe, start=run.start)
+        model, params, mask, _ = recipes.build(recipe, base, start=run.start)
         trainable, frozen = tree.split(params, mask)
         restored, _ = run.restore(name, {"trainable": trainable})
     finally:

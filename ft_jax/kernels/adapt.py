@@ -50,7 +50,8 @@ def adapt(params, rules, rng, data=None, start=None):
     Rules are tried in order on every matrix leaf (``…/kernel``); the first full match decides, ``"none"``
     leaves the leaf alone. A leaf that already is a kernel gets the new one around it (kernels nest), and
     ``"outer(hp) @ inner(hp)"`` puts both there in one rule; the outer one draws what it would draw alone.
-    data: ``{need: {path: array}}`` for kernels that start from data; start: what `started` gave of such kernels, in its place.
+    data: ``{need: {path: array}}`` for kernels that start from data; start: what `started` gave of such kernels, in its place,
+    or `parents.gather` of those that start from finished runs.
     Raises UserError for a rule that matches nothing, an unknown kernel or hyper-parameter, an unfit leaf, or no data.
     """
     leaves, data, start = tree.flatten(params, is_leaf=is_kernel), data or {}, start or {}
@@ -67,7 +68,7 @@ def adapt(params, rules, rng, data=None, start=None):
         return _told(path, _wrap, leaf, chosen[path], key, own, tree.below(start, path))
 
     out = tree.map_with_path(replace, params, is_leaf=is_kernel)
-    return out if start else _finished(out, chosen, data)
+    return out if start and not data else _finished(out, chosen, data)
 
 
 def _told(path, fn, *args):
@@ -84,7 +85,10 @@ def _wrap(leaf, rule, rng, data, start):
         if _traits(parse_rule(inner)[0])["finish"]:
             raise UserError(f"{parse_rule(inner)[0]} shares ranks among its matrices and cannot stand under {name}")
         leaf = _wrap(leaf, inner, jax.random.fold_in(rng, 1), data, tree.below(start, "base"))
-    needs = _traits(name)["needs"]
+    needs, parents = _traits(name)["needs"], _traits(name)["parents"]
+    if parents:
+        own = {field: start[field] for field in parents.fields if field in start}
+        return registry.call("kernel", name, leaf, rng, **hp, start=check_start(name, hp, own))
     for need in needs:
         if need in hp:
             raise UserError(f"{name}: its {need} comes from the training data and cannot be written in a config")
@@ -95,6 +99,15 @@ def _wrap(leaf, rule, rng, data, start):
             raise UserError(f"{name} starts from a {need}, and there is none for this matrix: a training run gathers it on "
                             "its data, for the layers' matrices alone")
     return registry.call("kernel", name, leaf, rng, **hp, **{need: data[need] for need in needs})
+
+
+def check_start(name, hp, found):
+    """``found``, the arrays from which a method starts that takes them from finished runs; UserError where there are none."""
+    if "start" in hp:
+        raise UserError(f"{name}: its start comes from finished runs and cannot be written in a config; name them in runs")
+    if not found:
+        raise UserError(f"{name} starts from finished runs and names none; write {name}(runs=FOLDER), several as FOLDER:FOLDER")
+    return found
 
 
 def _traits(name):
@@ -125,14 +138,27 @@ def needs(params, rules):
     return {path: names for path, names in wanted.items() if names}
 
 
+def inherits(params, rules):
+    """``{path: (name, runs)}`` of the kernels that start from finished runs; one under another is at ``…/base``."""
+    chosen, out = tree.match(rules, tree.flatten(params, is_leaf=is_kernel), what="kernel rule", default="none"), {}
+    for path, rule in chosen.items():
+        while rule not in (None, "none"):
+            name, hp = parse_rule(rule)
+            if _traits(name)["parents"]:
+                out[path] = name, str(hp.get("runs", ""))
+            path, rule = f"{path}/base", hp.get("@")
+    return out
+
+
 def started(params, rules):
-    """``{path: array}``: the factors with which kernels began that started from data; `adapt` makes them again from it."""
+    """``{path: array}``: the fields with which kernels began that started from data or runs; `adapt` makes them again from it."""
     chosen = tree.match(rules, tree.flatten(params, is_leaf=is_kernel), what="kernel rule", default="none")
     out = {}
     for path, leaf in tree.flatten(params, is_leaf=is_kernel).items():
         for name in _chain(chosen[path]) if chosen[path] != "none" else ():
-            if _traits(name)["needs"]:
-                out |= {f"{path}/{field}": getattr(leaf, field) for field in from_data.FIELDS}
+            traits = _traits(name)
+            fields = traits["parents"].fields if traits["parents"] else from_data.FIELDS if traits["needs"] else ()
+            out |= {f"{path}/{field}": getattr(leaf, field) for field in fields}
             path, leaf = f"{path}/base", getattr(leaf, "base", None)
     return out
 

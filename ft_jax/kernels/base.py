@@ -19,6 +19,9 @@ class Kernel:
     reads: bool = False  # whether that looks at the kernel's inputs: ``penalty(x, real, tasks)``, not ``penalty()``
     learns_from: str = ""  # the field that holds a teacher's matrix: the term is how far the layers' outputs are from its
 
+    def check_tasks(self, tasks):
+        """UserError where a term that goes by the rows' tasks cannot do with as many (0: the data have no task ids)."""
+
     def dot(self, x):
         """``x @ W``; x ``[..., d_in]`` -> ``[..., d_out]``, without forming W."""
         raise TypeError(f"{type(self).__name__} lacks dot")

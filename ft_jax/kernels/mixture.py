@@ -4,18 +4,16 @@ Which adapters the rows of a batch take is data in the tree: `route` puts it the
 Einsum letters: b row of the batch, i input, o output, r rank, e expert, s skill, d numbers of a split.
 """
 
-import zlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 from ft_jax import tree
-from ft_jax.errors import UserError, nearest
+from ft_jax.errors import UserError
 from ft_jax.kernels.base import Kernel, dense, dot, is_kernel, term_weight
 from ft_jax.kernels.lowrank import LowRank, _sizes
-from ft_jax.registry import register
+from ft_jax.registry import Parents, register
 
 
 class Routed(Kernel):
@@ -158,13 +156,24 @@ class Gated(Experts):
 
     top: jax.Array | None = None
 
-    trainable = ("gate",)
+    trainable, term = ("gate",), "gate"
 
     def gates(self, x):
         chances = Experts.gates(self, x)
         rank = jnp.argsort(jnp.argsort(-chances, axis=-1), axis=-1)
         kept = jnp.where(rank < self.top, chances, 0.0)
         return kept / kept.sum(-1, keepdims=True)
+
+    def check_tasks(self, tasks):
+        if tasks != self.gate.shape[-1]:
+            raise UserError(f"the gate's loss takes task t to adapter t of {self.gate.shape[-1]}, and the data have {tasks} tasks; "
+                            "give as many sources in the order of the runs, or gate_loss=0")
+
+    def penalty(self, x, real, tasks):
+        """-log softmax(x G)_t over the real tokens, t the task of a row; shapes as for `Experts`."""
+        chances = jax.nn.log_softmax(jnp.matmul(x, self.gate), axis=-1)
+        own = jnp.take_along_axis(chances, tasks[:, None, None], axis=-1)[..., 0]
+        return -(own * real).sum() / jnp.maximum(real.sum(), 1)
 
 
 def _uniform(rng, shape, d_in):
@@ -197,26 +206,70 @@ def polytropon(w, rng, *, tasks=1, skills=4, rank=8):
     Z ~ U(±1e-3), A Kaiming-uniform, B = 0. The paper's Gumbel noise in training is left out. Raises UserError for a
     rank above the matrix and, without a route, when more than one task is there.
     """
-    return _skills(w, rng, Skills, tasks, skills, 1, rank)
-
-
-TRAINED = {"all": Skills, "z": SkillRouter}
+    return _skills(w, rng, tasks, skills, 1, rank)
 
 
 @register("kernel", "mhr", paper="arXiv:2211.03831", fit={"skills": 2})
-def mhr(w, rng, *, tasks=1, skills=4, splits=4, rank=8, train="all"):
+def mhr(w, rng, *, tasks=1, skills=4, splits=4, rank=8):
     """Multi-head routing: Polytropon with a routing of its own for each of ``splits`` parts of the inputs and outputs.
 
-    train=z trains the routing alone, for skills that are there; of trained ones `rerouted` makes MHR-z's start for new
-    tasks, and `average` MHR-μ's: LoRA of the mean skill. Raises UserError for splits
-    that do not divide both sides, another ``train``, and what ``polytropon`` does.
+    ``mhr_z`` and ``mhr_mu`` take its skills to new tasks. Raises UserError for splits that do not divide both sides, and
+    what ``polytropon`` does.
     """
-    if train not in TRAINED:
-        raise UserError(f"train {train!r} is none of mhr's{nearest(train, TRAINED)}")
-    return _skills(w, rng, TRAINED[train], tasks, skills, splits, rank)
+    return _skills(w, rng, tasks, skills, splits, rank)
 
 
-def _skills(w, rng, kernel, tasks, skills, splits, rank):
+def _single(runs):
+    if len(runs) > 1:
+        raise UserError(f"the skills of one run can be taken, not of {len(runs)}")
+    return runs[0]
+
+
+def _skills_of(runs):
+    k = _single(runs)
+    return {"a": k.a, "b": k.b, "scale": k.scale}
+
+
+@register("kernel", "mhr_z", paper="arXiv:2211.03831", start="moved", parents=Parents(Skills, "mhr or polytropon", _skills_of))
+def mhr_z(w, rng, *, runs="", tasks=1, start=None):
+    """MHR-z: the skills of a finished run of ``mhr`` or ``polytropon``, frozen, with new routings Z, which train.
+
+    Z ``[tasks, splits, skills]`` ~ U(±1e-3) as there; start: a, b and scale of `Skills`. Heads and all else of that run
+    are left. Raises UserError for more than one run.
+    """
+    del runs
+    a, b, scale = (jnp.asarray(start[field]) for field in ("a", "b", "scale"))
+    _positive(tasks=tasks)
+    return SkillRouter(w, a, b, _logits(rng, w.shape[:-2], tasks, *a.shape[-4:-2]), scale)
+
+
+def _mean_of(runs):
+    k = _single(runs)
+    equal = jnp.full(k.logits.shape[-2:], 1 / k.logits.shape[-1], jnp.float32)
+
+    def mean(kernel):
+        return jax.vmap(mean)(kernel) if len(kernel.shape) > 2 else kernel.mixed(equal)
+
+    a, b = mean(k)
+    return {"a": a, "b": b, "scale": k.scale}
+
+
+@register("kernel", "mhr_mu", paper="arXiv:2211.03831", start="moved", parents=Parents(Skills, "mhr or polytropon", _mean_of))
+def mhr_mu(w, rng, *, runs="", start=None):
+    """MHR-μ: LoRA that starts from the mean of a finished run's skills, W + (1 / rank) · mean_s(A_s) mean_s(B_s), no routing.
+
+    The published code keeps all skills, weighed alike, and trains them: the same matrix and, under Adam, the same steps of
+    it. start: a, b and scale of `LowRank`. Raises UserError as ``mhr_z`` does.
+    """
+    del rng, runs
+    return LowRank(w, *(jnp.asarray(start[field]) for field in ("a", "b", "scale")))
+
+
+def _logits(rng, stack, *shape):
+    return jax.random.uniform(rng, (*stack, *shape), jnp.float32, -1e-3, 1e-3)
+
+
+def _skills(w, rng, tasks, skills, splits, rank):
     stack, d_in, d_out = _sizes(w, rank)
     _positive(tasks=tasks, skills=skills, splits=splits)
     if d_in % splits or d_out % splits:
@@ -225,8 +278,7 @@ def _skills(w, rng, kernel, tasks, skills, splits, rank):
     keys = jax.random.split(rng)
     a = _uniform(keys[0], (*stack, splits, skills, d_in // splits, rank), d_in // splits)
     b = jnp.zeros((*stack, splits, skills, rank, d_out // splits), jnp.float32)
-    logits = jax.random.uniform(keys[1], (*stack, tasks, splits, skills), jnp.float32, -1e-3, 1e-3)
-    return kernel(w, a, b, logits, jnp.full(stack, 1 / rank, jnp.float32))
+    return Skills(w, a, b, _logits(keys[1], stack, tasks, splits, skills), jnp.full(stack, 1 / rank, jnp.float32))
 
 
 @register("kernel", "loramoe", paper="arXiv:2312.09979", fit={"experts": 1})
@@ -246,37 +298,30 @@ def loramoe(w, rng, *, experts=6, rank=4, alpha=8.0, balance=0.01, delta=0.1):
     return low if weight is None else low.replace(delta=jnp.full(stack, delta, jnp.float32))
 
 
-def meteora(w, rng, adapters, top=2):
-    """MeteoRA (arXiv:2405.13053): W + Σ_e g_e A_e B_e of frozen adapters, g the ``top`` largest of softmax(x G) made to sum to 1; G trains.
+def _adapters_of(runs):
+    a, b = _together(runs)
+    return {"a": a, "b": b, "scale": jnp.ones(a.shape[:-3], jnp.float32)}
 
-    adapters: ``(A [..., e, d_in, r], B [..., e, r, d_out])``, their scales in B; `embedded` takes those of trained trees. G is
-    Kaiming-uniform. More than one adapter cannot be merged, and a single one has no gate to train: so it is made of trained
-    adapters, and is no method by name. Raises UserError for a top above them.
+
+@register("kernel", "meteora", paper="arXiv:2405.13053", start="moved", merges=False, fit={"k": 3},
+          parents=Parents(LowRank, "lora", _adapters_of))  # fmt: skip
+def meteora(w, rng, *, runs="", k=2, gate_loss=0.0, start=None):
+    """MeteoRA: W + Σ_e g_e A_e B_e of finished runs' LoRA; g the ``k`` largest of softmax(x G), summing to 1; G trains.
+
+    A gate for each matrix, by token, Kaiming-uniform. The loss may have ``gate_loss`` times the cross-entropy of softmax(x G)
+    with the adapter of a row's task (the published code: 50). Left out: dropout. start: a ``[..., e, d_in, r]``, b
+    ``[..., e, r, d_out]`` with their scales in it, scale 1. Stands for no one matrix and cannot be merged. Raises UserError
+    for fewer than two adapters, and a k above them.
     """
-    a, b = adapters
-    stack, d_in, _ = _sizes(w, a.shape[-1])
-    if not 1 <= top <= a.shape[-3]:
-        raise UserError(f"top {top} of {a.shape[-3]} adapters cannot be taken; largest: {a.shape[-3]}")
-    gate = _uniform(rng, (*stack, d_in, a.shape[-3]), d_in)
-    return Gated(w, gate, a, b, jnp.ones(stack, jnp.float32), top=jnp.full(stack, top, jnp.int32))
-
-
-def embedded(trees, rng, top=2):
-    """MeteoRA's model: one tree with a `Gated` kernel where ``trees`` of one base have `LowRank` kernels.
-
-    Everything but the factors is taken from the first tree. Raises UserError as `collect` and ``meteora`` do.
-    """
-
-    def gated(path, leaf):
-        if not isinstance(leaf, Bank):
-            return leaf
-        key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
-        try:
-            return meteora(leaf.base, key, (leaf.a, leaf.b), top)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-
-    return tree.map_with_path(gated, collect(trees), is_leaf=is_kernel)
+    del runs
+    a, b, scale = (jnp.asarray(start[field]) for field in ("a", "b", "scale"))
+    *stack, count, d_in, _ = a.shape
+    if count < 2:
+        raise UserError("one adapter leaves meteora's gate nothing to choose; name two runs or more, as FOLDER:FOLDER")
+    if not 1 <= k <= count:
+        raise UserError(f"k {k} of {count} adapters cannot be taken; largest: {count}")
+    weight = term_weight(gate_loss, stack)
+    return Gated(w, _uniform(rng, (*stack, d_in, count), d_in), a, b, scale, weight, top=jnp.full(stack, k, jnp.int32))
 
 
 def _is_routed(x):
@@ -307,33 +352,13 @@ def route(params, ids):
     return tree.map_with_path(put, params, is_leaf=_is_routed)
 
 
-def average(params):
-    """MHR-μ's start (arXiv:2211.03831): every `Skills` kernel as LoRA with the mean of its skills."""
-
-    def mean(kernel):
-        if len(kernel.shape) > 2:
-            return jax.vmap(mean)(kernel)
-        splits, skills = kernel.logits.shape[-2:]
-        return LowRank(kernel.base, *kernel.mixed(jnp.full((splits, skills), 1 / skills, jnp.float32)), kernel.scale)
-
-    return jax.tree.map(lambda x: mean(x) if isinstance(x, Skills) else x, params, is_leaf=_is_routed)
-
-
-def rerouted(params, rng, tasks=1):
-    """MHR-z's start (arXiv:2211.03831): every `Skills` kernel with the skills that it has and new routings of ``tasks``.
-
-    The routings alone train, drawn as ``mhr`` draws them.
-    """
-
-    def fresh(path, leaf):
-        if not isinstance(leaf, Skills):
-            return leaf
-        *stack, _, splits, skills = leaf.logits.shape
-        key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
-        logits = jax.random.uniform(key, (*stack, tasks, splits, skills), jnp.float32, -1e-3, 1e-3)
-        return SkillRouter(leaf.base, leaf.a, leaf.b, logits, leaf.scale)
-
-    return tree.map_with_path(fresh, params, is_leaf=_is_routed)
+def _together(kernels):
+    """A and B of `LowRank` kernels on a new axis, ranks padded with zeros, scales in B."""
+    rank = max(k.a.shape[-1] for k in kernels)
+    a = [jnp.pad(k.a, [(0, 0)] * (k.a.ndim - 1) + [(0, rank - k.a.shape[-1])]) for k in kernels]
+    b = [k.b * k.scale[..., None, None] for k in kernels]
+    b = [jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rank - x.shape[-2]), (0, 0)]) for x in b]
+    return jnp.stack(a, -3), jnp.stack(b, -3)
 
 
 def collect(trees):
@@ -349,10 +374,6 @@ def collect(trees):
         kernels = [f.get(path) for f in flat]
         if not all(isinstance(k, LowRank) and k.shape == leaf.shape for k in kernels):
             raise UserError(f"{path} is no low-rank kernel of shape {leaf.shape} in every tree")
-        rank = max(k.a.shape[-1] for k in kernels)
-        a = [jnp.pad(k.a, [(0, 0)] * (k.a.ndim - 1) + [(0, rank - k.a.shape[-1])]) for k in kernels]
-        b = [k.b * k.scale[..., None, None] for k in kernels]
-        b = [jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rank - x.shape[-2]), (0, 0)]) for x in b]
-        return Bank(leaf.base, jnp.stack(a, -3), jnp.stack(b, -3), jnp.ones_like(leaf.scale))
+        return Bank(leaf.base, *_together(kernels), jnp.ones_like(leaf.scale))
 
     return tree.map_with_path(together, trees[0], is_leaf=is_kernel)

@@ -16,6 +16,7 @@ __all__ = ["SITES", "Model", "ModelConfig", "config_from_hf", "config_to_hf", "n
 
 LAYER_SITES = ("attn_in", "q", "k", "v", "heads", "attn_out", "ffn_in", "ffn_hidden", "ffn_out", "block_out")
 SITES = ("embed", *LAYER_SITES, "side", "logits")  # side: between the last layer (and final norm) and the head
+KEPT = "ffn_out/after"  # what would follow ffn_out without its tap: captured where a loss term compares it with what follows
 EXTENSIONS = extend.SITES
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _KINDS = {"encoder": (encoder.Encoder, encoder.names), "decoder": (decoder.Decoder, decoder.names)}
@@ -48,7 +49,7 @@ class Model:
 
     def _module(self, capture=()):
         for site in capture:
-            if site not in SITES:
+            if site not in (*SITES, KEPT):
                 raise UserError(f"no tap site {site!r}{nearest(site, SITES)}")
         return _KINDS[self.config.kind][0](self.config, DTYPES[self.dtype], self.remat, tuple(capture), self.mesh)
 

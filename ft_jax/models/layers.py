@@ -137,7 +137,8 @@ def attend(q, k, v, allowed, rate=0.0, rng=None, shares=1):
 class Tapped:
     """The taps of one stretch of the forward pass: moves the named activations, notes those asked for.
 
-    A tap that ``reads`` is handed what passed those sites before; ``after`` stands for what would follow the site. What is
+    A tap that ``reads`` is handed what passed those sites before; ``after`` stands for what would follow the site, ``then`` for
+    the function that makes it. What is
     noted begins ``skip`` positions in: a prompt is no part of it. pool: a layer's modulators (`extend`) by site.
     """
 
@@ -149,17 +150,22 @@ class Tapped:
     def __call__(self, site, x, after=None):
         if site in self.pool:
             x = extend.modulated(x, self.pool[site], self.passed["attn_in"])
+        if f"{site}/after" in self.capture:
+            self._note(f"{site}/after", after(x))
         if site in self.taps:
-            own = self.taps[site]
-            x = own(x, *(after(x) if name == "after" else self.passed[name] for name in own.reads))
+            own, here = self.taps[site], {"after": lambda: after(x), "then": lambda: after}
+            x = own(x, *(here[name]() if name in here else self.passed[name] for name in own.reads))
         self.passed[site] = x
         if site in self.capture:
-            self.seen[site] = x[:, self.skip :] if self.skip else x
+            self._note(site, x)
         return x
 
     def wants(self, site):
         """Whether a tap stands at a site or its activation was asked for."""
         return site in self.taps or site in self.capture
+
+    def _note(self, site, x):
+        self.seen[site] = x[:, self.skip :] if self.skip else x
 
     def side(self, x, seen, allowed):
         """The site ``side``: what its network reads is a constant to the gradient, so none goes down through the layers."""

@@ -5,7 +5,7 @@ A loss has ``weight · penalty`` by name, the mean over the matrices that have i
 A kernel class gives ``term``, the name, and its kernels a field ``weight [...]``, None where none is asked for. What it
 gives is ``penalty()``, a number for each matrix of a stack; with ``reads`` it is ``penalty(x, real, tasks)`` of one matrix
 and of what goes into it, which a tap has seen; with ``learns_from`` the model with the matrices of that field is a teacher.
-Evaluation (no rng) takes no terms.
+A tap gives a term alike, of the activations that it ``sees``. Evaluation (no rng) takes no terms.
 """
 
 import jax
@@ -16,22 +16,36 @@ from ft_jax.errors import UserError
 from ft_jax.kernels import dot, is_kernel
 from ft_jax.models.layers import real_tokens
 from ft_jax.objectives import inputs_of
+from ft_jax.taps import Tap
 
 # Where the input of a layer's matrix is seen.
 SITES = {"attn/q": "attn_in", "attn/k": "attn_in", "attn/v": "attn_in", "attn/out": "heads",
          "mlp/gate": "ffn_in", "mlp/up": "ffn_in", "mlp/down": "ffn_hidden"}  # fmt: skip
 
 
+def _typed(x):
+    return is_kernel(x) or isinstance(x, Tap)
+
+
 def declared(params):
-    """``{path: kernel}`` of the kernels that add a term, those inside others too."""
-    found, nodes = {}, list(tree.flatten(params, is_leaf=is_kernel).items())
+    """``{path: kernel or tap}`` of those that add a term, kernels inside others too."""
+    found, nodes = {}, list(tree.flatten(params, is_leaf=_typed).items())
     while nodes:
         path, node = nodes.pop(0)
-        if is_kernel(node):
+        if _typed(node):
             if node.term and node.weight is not None:
                 found[path] = node
             nodes += [(f"{path}/{name}", value) for name, value in vars(node).items()]
     return found
+
+
+def check(params, tasks):
+    """UserError, by path, where a term goes by the tasks of rows and the data have another number of ``tasks``."""
+    for path, node in declared(params).items():
+        try:
+            node.check_tasks(tasks)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
 
 def site_of(path):
@@ -66,14 +80,17 @@ def _joined(values):
 
 
 def _read(readers, seen, inputs):
-    """The terms of kernels that look at their inputs; ``seen {site: [layers, B, T, d]}``."""
+    """The terms of kernels that look at their inputs, and of taps; ``seen {site: [layers, B, T, d]}``."""
     real, tasks, out = real_tokens(inputs), inputs.get("tasks"), []
-    for path, kernel in readers.items():
-        x = seen[site_of(path)]
+    for path, node in readers.items():
         # Below a split stack's live layers nothing trains, so nothing is pulled on there.
-        x = x[-kernel.shape[0] :].astype(jnp.float32)
-        out.append((kernel.term, kernel.weight * jax.vmap(lambda k, x: k.penalty(x, real, tasks))(kernel, x)))
+        xs = [seen[site][-node.weight.shape[0] :].astype(jnp.float32) for site in _sites(path, node)]
+        out.append((node.term, node.weight * jax.vmap(lambda k, *xs: k.penalty(*xs, real, tasks))(node, *xs)))
     return _joined(out)
+
+
+def _sites(path, node):
+    return node.sees if isinstance(node, Tap) else (site_of(path),)
 
 
 def _distilled(model, params, pupils, out, inputs):
@@ -94,10 +111,16 @@ def added(fn, model, dropout):
     """
 
     def objective(params, batch, rng):
-        found, taken = declared(params) if rng is not None else {}, []
-        readers = {path: kernel for path, kernel in found.items() if kernel.reads}
-        pupils = {path: kernel for path, kernel in found.items() if kernel.learns_from}
-        sites = tuple(sorted({site_of(path) for path in readers})) + ("block_out",) * bool(pupils)
+        found, taken = declared(params), []
+        domains = {node.domain for node in found.values() if isinstance(node, Tap)} - {None}
+        if "tasks" in batch and domains:
+            counts = batch.get("weight", jnp.ones(batch["tasks"].shape))
+            batch = {**batch, "weight": counts * (batch["tasks"] == min(domains))}
+        found = found if rng is not None else {}
+        readers = {path: node for path, node in found.items() if isinstance(node, Tap) or node.reads}
+        pupils = {path: node for path, node in found.items() if path not in readers and node.learns_from}
+        sites = {site for path, node in readers.items() for site in _sites(path, node)} | ({"block_out"} if pupils else set())
+        sites = tuple(sorted(sites))
 
         def apply(params, inputs, rng, targets=None):
             out = model.apply(params, inputs, rng if dropout else None, sites, targets)

@@ -14,9 +14,9 @@ from flax import struct
 
 from ft_jax import registry, tree
 from ft_jax.errors import UserError, nearest
-from ft_jax.kernels.adapt import parse_rule
+from ft_jax.kernels.adapt import check_start, parse_rule
 
-__all__ = ["Affine", "Tap", "activations", "attach", "check_side", "sites"]
+__all__ = ["Affine", "Tap", "activations", "attach", "check_side", "inherits", "sites", "started"]
 
 ABOVE = ("taps/side", "taps/logits", "head", "pooler", "mlm", "norm")  # what a gradient reaches without passing a layer
 
@@ -25,15 +25,21 @@ class Tap:
     """A function of one activation ``[..., features]`` with weights; ``trainable`` names the fields that train.
 
     ``reads`` names what else it is handed: sites of the same layer that passed before; ``after`` (at attn_out, ffn_out),
-    what would follow without the tap; at ``side`` embed, any site of all layers as ``[layers, …]``, and ``allowed``, who
-    sees whom; at ``logits`` the ``words``, logits of the label words of all classes. A ``shared`` tap has no axis of
-    layers: ``unfold()`` is the stacked tap that the layers run.
+    what would follow without the tap, and ``then``, the function that makes it; at ``side`` embed, any site of all layers as
+    ``[layers, …]``, and ``allowed``, who sees whom; at ``logits`` the ``words``, logits of the label words of all classes. A
+    ``shared`` tap has no axis of layers: ``unfold()`` is the stacked tap that the layers run.
     """
 
     trainable: tuple[str, ...] = ()
     static: tuple[str, ...] = ()  # fields that are no arrays
     reads: tuple[str, ...] = ()
     shared = False
+    term: str = ""  # the loss term ``penalty(*sees, real, tasks)``, for a class with a field ``weight`` (`objectives.terms`)
+    sees: tuple[str, ...] = ()  # which activations of its layer that looks at
+    domain: int | None = None  # the task whose rows alone count for the objective, where the others are for the term
+
+    def check_tasks(self, tasks):
+        """UserError where a term that goes by the rows' tasks cannot do with as many (0: the data have no task ids)."""
 
     def __call__(self, x, *read):
         raise TypeError(f"{type(self).__name__} lacks __call__")
@@ -82,11 +88,12 @@ def sites(rules):
     return {site: rule for site, rule in chosen.items() if rule != "none"}
 
 
-def attach(model, params, rules, rng):
+def attach(model, params, rules, rng, start=None):
     """Adds taps by ordered rules ``(regex over sites, "name(hp)")``; ``"none"`` leaves a site alone.
 
-    In a split stack the layers that train get taps, the frozen ones none. Raises UserError for a rule that matches
-    no site, an unknown tap or hyper-parameter, a site that already has a tap or that cannot give what the tap reads.
+    In a split stack the layers that train get taps, the frozen ones none. start: what `started` or
+    `parents.gather` gave, for taps that start from finished runs. Raises UserError for a rule that matches no site,
+    an unknown tap or hyper-parameter, a site that already has a tap or that cannot give what the tap reads.
     """
     from ft_jax import models
 
@@ -102,6 +109,8 @@ def attach(model, params, rules, rng):
             raise UserError(f"site {site!r} already has a tap")
         method, key = registry.get("tap", name), jax.random.fold_in(rng, zlib.crc32(site.encode()))
         needs = {n: known[n] for n in method.traits["needs"]}
+        if method.traits["parents"]:
+            needs["start"] = check_start(name, {}, tree.below(start or {}, f"layers/taps/{site}"))
         if given := min(needs.keys() & hp.keys(), default=None):
             own = method.hyperparameters.keys() - needs.keys()
             raise UserError(f"tap {name!r} has no parameter {given!r}{nearest(given, own)}")
@@ -112,11 +121,29 @@ def attach(model, params, rules, rng):
     return out
 
 
+def _from_runs(rules):
+    """``{path of the tap: (name, hyper-parameters, `Parents`)}`` of the taps that start from finished runs."""
+    found = {f"layers/taps/{site}": parse_rule(rule) for site, rule in sites(rules).items()}
+    traits = {path: registry.get("tap", name).traits["parents"] for path, (name, _) in found.items()}
+    return {path: (*found[path], parents) for path, parents in traits.items() if parents}
+
+
+def inherits(rules):
+    """``{path of the tap: (name, runs)}`` of the taps that start from finished runs."""
+    return {path: (name, str(hp.get("runs", ""))) for path, (name, hp, _) in _from_runs(rules).items()}
+
+
+def started(params, rules):
+    """``{path: array}``: the fields with which those taps began; `attach` makes them again from it."""
+    leaves = tree.flatten(params)
+    return {f"{path}/{field}": leaves[f"{path}/{field}"] for path, (*_, parents) in _from_runs(rules).items() for field in parents.fields}
+
+
 def _check_reads(name, site, tap):
     from ft_jax.models import LAYER_SITES
 
     if site in LAYER_SITES:
-        there = LAYER_SITES[: LAYER_SITES.index(site)] + (("after",) if site in ("attn_out", "ffn_out") else ())
+        there = LAYER_SITES[: LAYER_SITES.index(site)] + (("after", "then") if site in ("attn_out", "ffn_out") else ())
     else:
         there = {"side": ("embed", *LAYER_SITES, "allowed"), "logits": ("words",)}.get(site, ())
     for wanted in tap.reads:

@@ -24,6 +24,7 @@ KERNELS = [m.name for m in registry.methods("kernel")]
 PLAIN = [n for n in KERNELS if trait(n, "plain")]
 # Each kernel around `lora` and `lora` around each: that any pair nests follows, for a kernel sees another as dot and dense.
 NESTED = [(n, "lora") for n in KERNELS] + [("lora", n) for n in KERNELS if n not in (*PLAIN, "lora")]
+MERGED = [n for n in KERNELS if trait(n, "merges")]
 EVERY = [(n,) for n in KERNELS] + [pytest.param(pair, marks=pytest.mark.slow) for pair in NESTED]
 # What a fast run compiles for devices and through a whole model: a kernel of each make.
 MADE = ("lora", "dora", "loha", "oft", "bone", "sparse", "nf4", "polytropon")
@@ -44,12 +45,16 @@ def start_of(names):
     return next((s for s in ("moved", "rounded") if any(trait(n, "start") == s for n in names)), "exact")
 
 
+def merges(names):
+    return all(trait(n, "merges") for n in names)
+
+
 def exact(x, kernel):
     return np.asarray(x, np.float64) @ np.asarray(kernel.dense(), np.float64)
 
 
-@pytest.mark.parametrize("names, stack", [((n,), stack) for n in KERNELS for stack in ((), (LAYERS,))]
-                         + [pytest.param(pair, (), marks=pytest.mark.slow) for pair in NESTED],
+@pytest.mark.parametrize("names, stack", [((n,), stack) for n in MERGED for stack in ((), (LAYERS,))]
+                         + [pytest.param(pair, (), marks=pytest.mark.slow) for pair in NESTED if merges(pair)],
                          ids=lambda x: "+".join(map(str, x)) or "single")  # fmt: skip
 def test_the_start_is_as_declared(names, stack):
     params = adapted(*names, shape=(*stack, D_IN, D_OUT))
@@ -62,6 +67,14 @@ def test_the_start_is_as_declared(names, stack):
         assert not np.allclose(kernel.dense(), w, rtol=0, atol=1e-5)
     else:
         np.testing.assert_allclose(kernel.dense(), w, rtol=0, atol=5e-6 if start_of(names) == "rounded" else 0)
+
+
+@pytest.mark.parametrize("name", [n for n in KERNELS if not trait(n, "merges")])
+def test_what_stands_for_no_one_matrix_is_not_merged(name):
+    params = adapted(name)
+    assert (params["w"]["kernel"].shape, params["w"]["kernel"].dtype) == ((D_IN, D_OUT), jnp.float32)
+    with pytest.raises(UserError, match="w/kernel: .* stand for no one matrix and cannot be merged"):
+        kernels.merge(params)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -80,7 +93,7 @@ def test_the_trainable_count_is_the_papers(name):
     assert bool(tree.count(trainable)) == bool(fields_of(name))
 
 
-@pytest.mark.parametrize("names", EVERY, ids="+".join)
+@pytest.mark.parametrize("names", [e for e in EVERY if merges(getattr(e, "values", (e,))[0])], ids="+".join)
 def test_dot_is_product_with_dense(names):
     kernel, x = moved(adapted(*names))["w"]["kernel"], matrix(2, 5, D_IN, seed=2)
     expected = exact(x, kernel)
@@ -97,7 +110,8 @@ def test_dot_is_product_with_dense(names):
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_stack_is_scanned_and_mapped_layer_by_layer(name):
     kernel, x = moved(adapted(name, shape=(LAYERS, D_IN, D_OUT)))["w"]["kernel"], matrix(LAYERS, 5, D_IN, seed=2)
-    expected = exact(x, kernel)
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], kernel) for i in range(LAYERS)]
+    expected = exact(x, kernel) if trait(name, "merges") else np.stack([k.dot(row) for k, row in zip(layers, x, strict=True)])
     tolerance = {"rtol": 0, "atol": 1e-5 * np.abs(expected).max()}
     _, scanned = jax.lax.scan(lambda _, kx: (None, kernels.dot(*kx)), None, (kernel, x))
     np.testing.assert_allclose(scanned, expected, **tolerance)
@@ -128,7 +142,7 @@ def test_only_declared_fields_get_gradients_and_optimiser_state(names):
     moves, _ = optax.adam(1e-2).update(grads, state)
     after = optax.apply_updates(trainable, moves)
     assert float(loss(after)) < float(loss(trainable))
-    assert not np.array_equal(tree.join(after, frozen)["w"]["kernel"].dense(), kernel.dense())
+    assert not np.array_equal(tree.join(after, frozen)["w"]["kernel"].dot(x), kernel.dot(x))
 
 
 WIDTHS = [(768, 3072), (3072, 768)] * 6  # the stack that the counts in the design are of
@@ -222,7 +236,7 @@ def test_a_checkpoint_gives_every_kernel_back_bit_for_bit(tmp_path):
 
 
 SITES = ("attn/q", "attn/k", "attn/v", "attn/out", "mlp/up", "mlp/down")
-GROUPS = [KERNELS[i : i + len(SITES)] for i in range(0, len(KERNELS), len(SITES))]
+GROUPS = [MERGED[i : i + len(SITES)] for i in range(0, len(MERGED), len(SITES))]
 
 
 @pytest.mark.slow

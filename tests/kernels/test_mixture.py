@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ft_jax import kernels, masks, tree
+from ft_jax import kernels, masks, registry, tree
 from ft_jax.errors import UserError
 from ft_jax.kernels import mixture
 from tests.helpers import inputs, make_batch, make_model, make_params
@@ -14,6 +14,9 @@ COUNTS = {
     "bank": lambda d_in, d_out, adapters, rank, **_: adapters * rank * (d_in + d_out),
     "polytropon": lambda d_in, d_out, tasks, skills, rank: tasks * skills + skills * rank * (d_in + d_out),
     "mhr": lambda d_in, d_out, tasks, skills, splits, rank, **_: tasks * splits * skills + skills * rank * (d_in + d_out),
+    "mhr_z": lambda d_in, d_out, tasks, **_: tasks * 2 * 3,  # splits and skills of `trees.PARENTS`
+    "mhr_mu": lambda d_in, d_out, **_: 4 * (d_in + d_out),
+    "meteora": lambda d_in, d_out, **_: 3 * d_in,
     "loramoe": lambda d_in, d_out, experts, rank, **_: experts * (d_in + rank * (d_in + d_out)),
 }
 D_IN, D_OUT, LAYERS = 24, 16, 3
@@ -131,18 +134,32 @@ def test_skills_are_those_of_peft(splits):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_mhr_trains_the_routing_alone_or_starts_from_the_mean_skill():
-    w = matrix(LAYERS, D_IN, D_OUT)
-    params = moved(put("mhr(tasks=3, skills=5, rank=4, train=z)", w))
+def from_runs(name, w, runs, **hp):
+    """The kernel that a method makes around ``w`` of kernels of finished runs."""
+    made = registry.get("kernel", name).traits["parents"].make(runs)
+    return registry.call("kernel", name, jnp.asarray(w), jax.random.key(7), start=made, **hp)
+
+
+def test_mhr_z_and_mu_around_trained_skills():
+    """The skills of three tasks with new routings, and their mean as LoRA, in numpy."""
+    w, x = matrix(LAYERS, D_IN, D_OUT), matrix(4, 5, D_IN, seed=2)
+    run = moved(put("mhr(tasks=3, skills=5, rank=4)", w))["w"]["kernel"]
+    params = moved({"w": {"kernel": from_runs("mhr_z", w, [run], tasks=2)}})
     trainable, _ = tree.split(params, masks.declared(params, 0))
-    assert set(tree.flatten(trainable)) == {"w/kernel/logits"} and tree.count(trainable) == LAYERS * 3 * 4 * 5
-    params = moved(put("mhr(tasks=3, skills=5, rank=4)", w))
-    k, mean = params["w"]["kernel"], mixture.average(params)["w"]["kernel"]
-    assert type(mean).__name__ == "LowRank"
-    a, b = (np.asarray(f, np.float64).mean(2) for f in (k.a, k.b))
-    np.testing.assert_allclose(mean.a, a.reshape(LAYERS, D_IN, 4), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(mean.b, np.concatenate(list(np.moveaxis(b, 1, 0)), -1), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(mean.scale, 0.25)
+    assert set(tree.flatten(trainable)) == {"w/kernel/logits"} and tree.count(trainable) == LAYERS * 2 * 4 * 5
+    ids = np.asarray([1, 0, 1, 1])
+    z = jax.tree.map(lambda leaf: leaf[2], mixture.route(params, ids)["w"]["kernel"])
+    for row, task in enumerate(ids):
+        a, b = factors(z.replace(a=run.a[2], b=run.b[2]), task)
+        np.testing.assert_allclose(z.dot(jnp.asarray(x))[row], x[row] @ (w[2] + 0.25 * a @ b), rtol=2e-5, atol=2e-4)
+    mean = from_runs("mhr_mu", w, [run])
+    assert type(mean).__name__ == "LowRank" and mean.base.shape == w.shape
+    a, b = (np.asarray(f, np.float64)[1].mean(1) for f in (run.a, run.b))
+    change = 0.25 * np.concatenate(list(a)) @ np.concatenate(list(b), -1)
+    np.testing.assert_allclose(mean.dense()[1], w[1] + change, rtol=2e-5, atol=2e-5)
+    for name in ("mhr_z", "mhr_mu"):
+        with pytest.raises(UserError, match="the skills of one run can be taken, not of 2"):
+            from_runs(name, w, [run, run])
 
 
 def test_experts_are_weighed_by_a_softmax_of_the_input():
@@ -161,36 +178,30 @@ def test_experts_are_weighed_by_a_softmax_of_the_input():
         kernels.merge(params)
 
 
-def lora_trees(count, base, rank=2):
-    rules = [("layers/attn/[qv]/kernel", f"lora(rank={rank}, alpha=4)")]
-    return [moved(kernels.adapt(base, rules, jax.random.key(i)), i, 0.3) for i in range(count)]
-
-
 def test_meteora_takes_the_top_adapters_of_each_token():
-    """In numpy, token by token; with one adapter, or all the gate on it, it is that adapter's model."""
-    model = make_model("bert")
-    base, batch = make_params(model), inputs(make_batch(model))
-    tuned = lora_trees(4, base)
-    params = mixture.embedded(tuned, jax.random.key(0), top=2)
-    k = jax.tree.map(lambda x: x[1], params["layers"]["attn"]["q"]["kernel"])
-    x = matrix(2, 5, 32, seed=2)
-    scores = np.exp(x @ np.asarray(k.gate, np.float64))
-    scores /= scores.sum(-1, keepdims=True)
-    expected = x @ np.asarray(k.base, np.float64)
-    for place in np.ndindex(2, 5):
-        best = np.argsort(-scores[place])[:2]
-        for e in best:
-            source = tuned[e]["layers"]["attn"]["q"]["kernel"]
-            change = 2 * np.asarray(source.a[1], np.float64) @ np.asarray(source.b[1], np.float64)
-            expected[place] += scores[place][e] / scores[place][best].sum() * (x[place] @ change)
-    np.testing.assert_allclose(k.dot(jnp.asarray(x)), expected, rtol=0, atol=1e-4)
-    trainable, _ = tree.split(params, masks.declared(params, 0))
-    assert {p.split("/")[-1] for p in tree.flatten(trainable)} == {"gate"}
-    one = mixture.embedded(tuned[2:3], jax.random.key(0), top=1)
-    np.testing.assert_allclose(model.apply(one, batch), model.apply(tuned[2], batch), rtol=0, atol=1e-5)
-    for trees, top, words in ((tuned, 5, "layers/attn/q/kernel: top 5 of 4 adapters"), ([tuned[0], base], 1, "is no low-rank kernel")):
+    """In torch as published: the k largest logits, their softmax, each adapter by itself; and the gate's loss."""
+    torch = pytest.importorskip("torch")
+    w, x = matrix(D_IN, D_OUT), matrix(2, 5, D_IN, seed=2)
+    rules = ["lora(rank=2, alpha=4)", "lora(rank=5, alpha=1)", "rslora(rank=3)", "lora(rank=2)"]
+    runs = [moved(put(rule, w), i, 0.3)["w"]["kernel"] for i, rule in enumerate(rules)]
+    k = from_runs("meteora", w, runs, k=2, gate_loss=50.0)
+    assert {p for p in tree.flatten(tree.split({"w": k}, masks.declared({"w": k}, 0))[0])} == {"w/gate"}
+    rows, logits = torch.tensor(x).reshape(-1, D_IN).double(), torch.tensor(x).reshape(-1, D_IN) @ torch.tensor(np.array(k.gate))
+    best, chosen = torch.topk(logits.double(), 2, dim=-1)
+    shares, expected = torch.softmax(best, -1), rows @ torch.tensor(w).double()
+    for e, run in enumerate(runs):
+        token, place = torch.where(chosen == e)
+        a, b = (torch.tensor(np.array(f)).double() for f in (run.a, run.b))
+        expected.index_add_(0, token, float(run.scale) * (rows[token] @ a @ b) * shares[token, place, None])
+    np.testing.assert_allclose(k.dot(jnp.asarray(x)).reshape(-1, D_OUT), expected, rtol=0, atol=2e-5)
+    tasks, real = jnp.asarray([3, 1]), np.ones((2, 5), np.float32)
+    real[1, 3:] = 0
+    labels = torch.tensor(np.where(real > 0, np.asarray(tasks)[:, None], -100).reshape(-1).astype(np.int64))
+    np.testing.assert_allclose(k.penalty(jnp.asarray(x), real, tasks), torch.nn.functional.cross_entropy(logits, labels), rtol=2e-5)
+    assert float(k.weight) == 50 and from_runs("meteora", w, runs).weight is None
+    for count, top, words in ((4, 5, "k 5 of 4 adapters cannot be taken; largest: 4"), (1, 1, "one adapter leaves meteora's gate nothing")):
         with pytest.raises(UserError, match=words):
-            mixture.embedded(trees, jax.random.key(0), top=top)
+            from_runs("meteora", w, runs[:count], k=top)
 
 
 @pytest.mark.parametrize("text", ROUTED)
@@ -215,7 +226,8 @@ def test_routing_without_fitting_task_ids_is_said(text):
     ("bank(adapters=0)", ["adapters 0 is below 1"]),
     ("polytropon(skills=0)", ["skills 0 is below 1"]),
     ("mhr(splits=5)", ["splits 5 do not divide both sides of a 24x16 matrix", "nearest: 4"]),
-    ("mhr(train=zz)", ["train 'zz'", "nearest: 'z'"]),
+    ("mhr_z(tasks=1)", ["mhr_z starts from finished runs and names none; write mhr_z(runs=FOLDER)"]),
+    ("meteora(start=3)", ["meteora: its start comes from finished runs and cannot be written in a config"]),
     ("loramoe(experts=0)", ["experts 0 is below 1"]),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_an_unfit_rule_is_one_line_that_names_the_leaf(text, words):

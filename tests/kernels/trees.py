@@ -27,6 +27,17 @@ def covariance(w):
     return jnp.swapaxes(x, -1, -2) @ x / 400
 
 
+# What methods that start from finished runs are handed: those that trained in them, how many and how far.
+PARENTS = {**dict.fromkeys(("mhr_z", "mhr_mu"), ("mhr(tasks=2, skills=3, splits=2, rank=4)", 1, 24)), "meteora": ("lora(rank=4)", 3, 7)}
+
+
+def start_of(name, w):
+    """``start`` of such a method around ``w``: kernels away from their start, in proportion to w."""
+    text, count, size = PARENTS[name]
+    runs = [moved(put({"w": {"kernel": w}}, text, seed=i), seed=i + 20, size=size / w.shape[-2])["w"]["kernel"] for i in range(count)]
+    return trait(name, "parents").make(runs)
+
+
 # What methods with the trait ``needs`` are handed.
 DATA = {"covariance": covariance, "mean": lambda w: inputs_of(w).mean(-2), "gradient": lambda w: matrix(*w.shape, seed=10)}
 
@@ -38,7 +49,7 @@ def trait(name, which):
 def hyperparameters(name):
     """The method's defaults, changed to fit small matrices; data left out."""
     method = registry.get("kernel", name)
-    return {k: v for k, v in (method.hyperparameters | method.traits["fit"]).items() if k not in method.traits["needs"]}
+    return {k: v for k, v in (method.hyperparameters | method.traits["fit"]).items() if k not in (*method.traits["needs"], "start")}
 
 
 def put(params, text, seed=0, fit=True):
@@ -46,11 +57,13 @@ def put(params, text, seed=0, fit=True):
     name, hp = kernels.parse_rule(text)
     if fit and not hp:
         text = "{}({})".format(name, ", ".join(f"{k}={v}" for k, v in trait(name, "fit").items()))
-    if not trait(name, "needs"):
+    made, needs = trait(name, "parents"), trait(name, "needs")
+    if not needs and not made:
         return kernels.adapt(params, [(".*kernel", text)], jax.random.key(seed))
     _, hp = kernels.parse_rule(text)
     return jax.tree.map(
-        lambda w: registry.call("kernel", name, w, jax.random.key(seed), **hp, **{n: DATA[n](w) for n in trait(name, "needs")}),
+        lambda w: registry.call("kernel", name, w, jax.random.key(seed), **hp, **{n: DATA[n](w) for n in needs},
+                                **({"start": start_of(name, w)} if made else {})),
         params, is_leaf=kernels.is_kernel,
     )  # fmt: skip
 

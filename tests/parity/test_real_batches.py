@@ -22,6 +22,7 @@ from ft_jax.errors import UserError
 from ft_jax.io import hf, tokenizer
 from tests.gate_trees import KINDS
 from tests.kernels.trees import put
+from tests.taps.trees import PARENTS, attached
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +103,7 @@ def with_kernel(world, text):
 
 KERNELS = [m.name for m in registry.methods("kernel")]
 # Λ = 0 between factors of 0.02: six steps at LoRA's rate would not show.
-KERNEL_RATES = {"adalora": 3e-2, "c3a": 3e-2, "vera": 2e-2, "did": 2e-2, "said": 2e-2}
+KERNEL_RATES = {"adalora": 3e-2, "c3a": 3e-2, "vera": 2e-2, "did": 2e-2, "said": 2e-2, "mhr_z": 1.0, "meteora": 2e-2}
 FIT = {"c3a": "c3a(block=96)"}  # where the defaults fit neither width
 
 
@@ -116,7 +117,7 @@ def test_every_kernel(text, world):
 
 
 TAPS = [m.name for m in registry.methods("tap") if m.traits["sites"]]  # the others go where a config says
-TAP_FIT = {"lofit": "lofit(heads=0:1/1:3)", "qst": "qst(reduction=8)"}  # heads that a first run would choose; a width that divides both
+TAP_FIT = {"lofit": "lofit(heads=0:1/1:3)", "qst": "qst(reduction=8)", "mixda_domain": "mixda_domain(width=64)"}  # heads that a first run would choose; a width that divides both
 TAP_RATES = {"sciprompt": 5e-2, "lofit": 2e-2, "lofit_scale": 2e-2, "p_tuning": 1e-3}
 
 
@@ -140,10 +141,12 @@ def test_every_tap(name, world):
             return
         world = worded(world)
     group, _ = method_of(TAP_FIT.get(name, name))
-    params = taps.attach(world.model, world.params, group["taps"], jax.random.key(1))
+    params = (attached(world.model, world.params, name) if name in PARENTS
+              else taps.attach(world.model, world.params, group["taps"], jax.random.key(1)))  # fmt: skip
     mask = masks.declared(params, 0)
     assert any(jax.tree.leaves(mask))
-    assert_falls(losses(world, params, mask, built("adamw", TAP_RATES.get(name, 5e-3))))
+    batch = world.batch | {"tasks": np.arange(ROWS, dtype=np.int32) % 2} if name == "mixda_domain" else None
+    assert_falls(losses(world, params, mask, built("adamw", TAP_RATES.get(name, 5e-3)), batch))
 
 
 @pytest.fixture(scope="session")

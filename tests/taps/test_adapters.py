@@ -15,12 +15,24 @@ from ft_jax.io import runs, safetensors
 from ft_jax.models import LAYER_SITES, Model
 from ft_jax.taps import heads
 from tests.helpers import assert_trees_close, inputs, make_batch, make_model, step_flops
-from tests.taps.trees import FAMILIES, halves, hyperparameters, method, moved, rule, setting, sites_of, tap_at, tapped
+from tests.taps.trees import (  # fmt: skip
+    FAMILIES,
+    attached,
+    halves,
+    hyperparameters,
+    method,
+    moved,
+    rule,
+    setting,
+    sites_of,
+    tap_at,
+    tapped,
+)
 
-ROOMS = ("adapters", "heads", "hyper", "side")
+ROOMS = ("adapters", "domains", "heads", "hyper", "side")
 NAMES = [m.name for m in registry.methods("tap") if m.fn.__module__.removeprefix("ft_jax.taps.") in ROOMS]
 # What a fast run compiles: one of each make.
-MADE = ("parallel_adapter", "pfeiffer", "lofit", "polyhistor", "unipt", "qst")
+MADE = ("parallel_adapter", "pfeiffer", "mixda", "lofit", "polyhistor", "unipt", "qst")
 COSTLY = [n if n in MADE else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 EACH = [(n, f) if n in MADE else pytest.param(n, f, marks=pytest.mark.slow) for n in NAMES for f in FAMILIES]
 ADAM = optax.adam(1e-2)
@@ -34,9 +46,16 @@ def bottleneck(c, *, size, **_):
     return c.num_layers * (2 * c.hidden_size * size + size + c.hidden_size)
 
 
+def gate(c, width, adapters):
+    return c.num_layers * (c.intermediate_size * width + width + 2 * (width**2 + width) + width * (adapters + 1) + adapters + 1)
+
+
 # name -> numbers that train a site, from the config and the hyper-parameters
 COUNTS = {
     "houlsby": bottleneck, "pfeiffer": bottleneck, "parallel_adapter": bottleneck, "mam_adapter": bottleneck, "adapter": bottleneck,
+    "mixda_domain": lambda c, *, reduction, width, **_: gate(c, width, 1) + c.num_layers * (
+        (c.intermediate_size + c.hidden_size + 1) * (c.intermediate_size // reduction) + c.hidden_size),
+    "mixda": lambda c, *, reduction, width, **_: gate(c, width, 2) + bottleneck(c, size=c.hidden_size // reduction),
     "lofit_scale": lambda c: c.num_layers * c.num_heads * c.head_dim,
     "lofit": lambda c, *, heads: len(heads.split("/")) * c.head_dim,
     "polyhistor": lambda c, *, size, factor, rank, embedding, **_: (
@@ -191,7 +210,7 @@ def flops(name=None, only_head=False):
     model = make_model("bert", hidden_size=128, intermediate_size=512)
     params = model.shapes()
     if name:
-        params = jax.eval_shape(lambda p: taps.attach(model, p, [rule(name)], jax.random.key(0)), params)
+        params = jax.eval_shape(lambda p: attached(model, p, name), params)
     mask = masks.rules(params, 0) if name else tree.map_with_path(lambda p, _: not only_head or p.startswith("head"), params)
     batch = {k: jax.ShapeDtypeStruct((8, 64), jnp.int32) for k in ("input_ids", "attention_mask")}
     return step_flops(lambda p, b: jnp.square(model.apply(p, b)).mean(), params, mask, batch)
@@ -218,6 +237,10 @@ def test_a_step_costs_no_more_than_full_fine_tuning(name):
         ("ffn_out", "polyhistor(size=8, factor=3)", ["factor 3 does not divide 32 features and size 8 alike; one of [1, 2, 4, 8]"]),
         ("ffn_out", "polyhistor(size=8, factor=4, rank=3)", ["rank 3 does not fit a layer of 2 features"]),
         ("q", "lofit_scale", ["at the site 'heads', not at 'q'"]),
+        ("ffn_out", "mixda", ["mixda starts from finished runs and names none; write mixda(runs=FOLDER)"]),
+        ("block_out", "mixda_domain", ["at the site 'ffn_out', not at 'block_out'"]),
+        ("ffn_out", "mixda_domain(reduction=49)", ["mixda_domain: size 0 does not fit a layer of 48 features"]),
+        ("ffn_out", "mixda_domain(keep=-1.0)", ["the weight -1.0 of a loss term is negative"]),
         ("heads", "lofit", ["no heads are named"]),
         ("heads", "lofit(heads=1-2)", ["cannot read the head '1-2'"]),
         ("heads", "lofit(heads=3:0)", ["no head 3:0; there are 3 layers that train of 4 heads each"]),

@@ -21,7 +21,7 @@ def method(name):
 def hyperparameters(name):
     """The method's defaults, changed to fit tiny models; what `attach` fills in left out."""
     found = method(name)
-    return {k: v for k, v in (found.hyperparameters | found.traits["fit"]).items() if k not in found.traits["needs"]}
+    return {k: v for k, v in (found.hyperparameters | found.traits["fit"]).items() if k not in (*found.traits["needs"], "start")}
 
 
 def rule(name, **hp):
@@ -41,11 +41,24 @@ def setting(family, head=None, rows=4):
     return model, make_params(model), inputs(make_batch(model, rows=rows, length=7))
 
 
+PARENTS = {"mixda": ("mixda_domain", 2)}  # of a method that starts from finished runs: what trained in them, and how many
+
+
+def attached(model, params, name, **hp):
+    """``params`` with the method at its sites; what it takes from finished runs is away from its start."""
+    (text, count), start = PARENTS.get(name, ("", 0)), {}
+    runs = [moved(attached(model, params, text), seed=i + 5) for i in range(count)]
+    for site in sites_of(name) if count else ():
+        made = method(name).traits["parents"].make([tap_at(run, site) for run in runs])
+        start |= {f"layers/taps/{site}/{field}": x for field, x in made.items()}
+    return taps.attach(model, params, [rule(name, **hp)], jax.random.key(0), start)
+
+
 @functools.cache
 def tapped(name, family="bert", head=None, frozen=0, **hp):
     """The params of `setting` with the method at its sites, above ``frozen`` layers."""
     model, params, _ = setting(family, head)
-    return taps.attach(model, masks.split_layers(params, frozen), [rule(name, **hp)], jax.random.key(0))
+    return attached(model, masks.split_layers(params, frozen), name, **hp)
 
 
 def moved(params, size=0.2, seed=1):
