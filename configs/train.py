@@ -6,7 +6,7 @@ data:   a bundled source (imdb, bbc, rte, winogrande, …), a .jsonl/.csv/.parqu
 method: full, layers, head, or a kernel, a tap, a mask or an update by name, with hyper-parameters as lora(rank=4,alpha=8).
         Joined by +, at most one kernel, any taps (at the sites that each declares, one tap a site; other sites: method.taps),
         any masks (all must keep a weight; a|b: either), at most one update: lora+lisa(n=1)+layerwise_decay(decay=0.9)
-objective: classification (default for encoders' data with labels), causal_lm, mlm
+objective: classification (default for encoders' data with labels), causal_lm, mlm, instruction_alignment(weight=0.5) (data.paraphrases)
 prompt: encoder or decoder: classification of a bundled task by its label words (model.head=label_words), no new weights
 
 Few examples: ``--config.data.shots=64 --config.data.shots_seed=13``. A prompt of one's own (model.label_ids is filled in):
@@ -33,7 +33,7 @@ CLAIMS = {  # what two methods of a kind would fight over
     "preset": "say which leaves train", "kernel": "take the same matrices", "update": "are the optimiser",
     "mask": "are the same mask", "tap": "are the same tap",
 }  # fmt: skip
-HEADS = {"classification": "classification", "causal_lm": "lm", "mlm": "mlm"}
+HEADS = {"classification": "classification", "causal_lm": "lm", "mlm": "mlm", "instruction_alignment": "lm"}
 
 
 def _kind(name, hp):
@@ -105,7 +105,7 @@ def get_config(arg=""):
     cfg = ConfigDict({k: dict(v) if isinstance(v, dict) else v for k, v in DEFAULTS.items()})
     cfg.objective = options["objective"]
     cfg.model.path = options["model"]
-    cfg.model.head = HEADS.get(cfg.objective, "")
+    cfg.model.head = HEADS.get(parse_rule(cfg.objective)[0], "")
     group, optimizer = method(options["method"])
     cfg.method = ConfigDict(DEFAULTS["method"] | group)
     adapted = bool(cfg.method.kernels or cfg.method.taps)

@@ -13,6 +13,9 @@ from ft_jax.kernels import subspace
 from ft_jax.registry import register
 from ft_jax.updates import adamw
 
+# Matrices whose outputs CoFiTune's soft mask goes by, and the site where a gate on them is felt.
+GATED = {"layers/mlp/up/kernel": "ffn_hidden", "layers/mlp/down/kernel": "ffn_out"}
+
 
 class BudgetState(NamedTuple):
     """Steps taken, AdaLoRA's smoothed sensitivity and uncertainty, the optimiser's state."""
@@ -76,12 +79,24 @@ def adalora_adamw(*, learning_rate=1e-3, target=8.0, begin=0.1, end=0.7, every=1
     return optax.GradientTransformation(init, update)
 
 
+def quantile(x, q):
+    """`torch.quantile(x, q)` along the last axis, which stays as one of size 1: linear between neighbours, in float32.
+
+    As torch it goes from the lower neighbour by a weight: of equal numbers none comes to lie below the result.
+    """
+    ordered, rank = jnp.sort(x, axis=-1), np.float32(q) * np.float32(x.shape[-1] - 1)
+    low, weight = int(rank), rank - np.floor(rank)
+    a, b = ordered[..., low, None], ordered[..., int(np.ceil(rank)), None]
+    return a + weight * (b - a) if weight < 0.5 else b - (1 - weight) * (b - a)
+
+
 @register("update", "migu", paper="arXiv:2406.17245", whole=True)
 def migu(*, learning_rate=1e-3, share=0.3, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
-    """MIGU: AdamW on the gradient of the ``share`` of a matrix's outputs with the largest Σ |x W + b| over the batch.
+    """MIGU: AdamW on the gradient of the outputs whose Σ |x W + b| over a batch reaches a matrix's (1 - share)-quantile.
 
     For matrices of the layers, with their biases, and the B of low-rank kernels; the rest of the tree trains throughout.
-    Gradients are cut, as published; what momentum holds still moves. Raises UserError for a share outside (0, 1].
+    The quantile is that of the published code, which counts padding too where this one does not. Gradients are cut, as
+    published; what momentum holds still moves. Raises UserError for a share outside (0, 1].
     """
     if not 0 < share <= 1:
         raise UserError(f"update 'migu': share is {share}; it is a share of a matrix's outputs above 0 and up to 1")
@@ -91,8 +106,7 @@ def migu(*, learning_rate=1e-3, share=0.3, b1=0.9, b2=0.999, eps=1e-8, weight_de
         del extra
         on = {}
         for path, size in outputs().items():
-            least = jnp.sort(size, axis=-1)[:, -max(1, round(share * size.shape[-1])), None]
-            on |= dict.fromkeys((path, path.removesuffix("kernel") + "bias", path + "/b"), size >= least)
+            on |= dict.fromkeys((path, path.removesuffix("kernel") + "bias", path + "/b"), size >= quantile(size, 1 - share))
 
         def cut(path, g):
             return g * (on[path][:, None] if g.ndim == 3 else on[path]).astype(g.dtype) if path in on else g
@@ -111,26 +125,26 @@ class SoftState(NamedTuple):
 
 @register("update", "cofitune_soft", paper="arXiv:2404.10306", whole=True)
 def cofitune_soft(*, learning_rate=1e-3, scores="", b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
-    """CoFiTune's soft mask: AdamW on (1 - I) · gradient, I = |tanh((s - mean) / std)|, s_i = |Σ_o θ_io ∂L/∂θ_io| of a unit.
+    """CoFiTune's soft mask: AdamW on (1 - I) · gradient, I = |tanh((s - mean) / std)|, s the slope of a gate on a unit.
 
-    s is the slope of a gate on the unit's output: i a row of mlp/down, mean and std over a layer's units. I is shared by the
-    unit's column of mlp/up and mlp/gate and its bias. scores: a folder by ``python -m ft_jax.importance --kind=gradient`` on
-    general text; the paper's loss there is a KL between two dropout passes. Raises UserError without scores or where no FFN
-    trains.
+    For the outputs of mlp/up and mlp/down, with their biases: mean and std (of n - 1) are over a layer's units of one of
+    them, s keeps its sign. scores: a folder by ``python -m ft_jax.importance --kind=disagreement`` on general text.
+    A unit's openness multiplies its own weights, as the paper has it; the published patch of its optimiser repeats it along
+    the flat gradient instead, where it meets other units. Raises UserError without scores or where neither trains.
     """
     plain = adamw(learning_rate=learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    down = "layers/mlp/down/kernel"
 
     def init(params):
         held = tree.flatten(params)
-        if down not in held:
-            raise UserError(f"update 'cofitune_soft' goes by the units of {down}, and that does not train here as a plain matrix")
-        slope = masks.scores_of(scores, "gradient", tree.nest({down: held[down]}))[down]
-        size = jnp.abs((held[down] * slope).sum(-1))
-        spread = (size - size.mean(-1, keepdims=True)) / jnp.maximum(size.std(-1, keepdims=True), 1e-12)
-        free = 1 - jnp.abs(jnp.tanh(spread))
-        at = {down: free[..., None]} | {f"layers/mlp/{n}/kernel": free[:, None] for n in ("up", "gate")}
-        at |= {f"layers/mlp/{n}/bias": free for n in ("up", "gate")}
+        widths = {path: held[path].shape[:1] + held[path].shape[-1:] for path in GATED if path in held}
+        if not widths:
+            raise UserError(f"update 'cofitune_soft' goes by the units of {' and '.join(GATED)}, and neither trains here as a plain matrix")
+        wanted = tree.nest({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in widths.items()})
+        at = {}
+        for path, slope in masks.scores_of(scores, "disagreement", wanted).items():
+            far = (slope - slope.mean(-1, keepdims=True)) / np.maximum(slope.std(-1, ddof=1, keepdims=True), 1e-30)
+            free = jnp.asarray(1 - np.abs(np.tanh(far)))
+            at |= {path: free[:, None], path.removesuffix("kernel") + "bias": free}
         return SoftState({path: x for path, x in at.items() if path in held}, plain.init(params))
 
     def update(grads, state, params=None):

@@ -15,6 +15,7 @@ from ft_jax.data import pipeline
 from ft_jax.errors import UserError
 from ft_jax.io import hf, tokenizer
 from ft_jax.models.layers import real_tokens
+from ft_jax.objectives import data_of
 
 SITE_OF = {  # which tap site is the input of a matrix
     "attn/q": "attn_in", "attn/k": "attn_in", "attn/v": "attn_in", "attn/out": "heads",
@@ -106,7 +107,7 @@ def of_config(cfg, make_objective):
 
     def of_examples(needs, model, params):
         tok = tokenizer.load(hf.resolve(cfg["model"]["path"]))
-        data = pipeline.build(cfg["data"], "train", tok, cfg["objective"], model.config.vocab_size)
+        data = pipeline.build(cfg["data"], "train", tok, data_of(cfg["objective"]), model.config.vocab_size)
         size = cfg["eval"]["batch_size"]
         number = -(-min(cfg["method"]["start_examples"], len(data)) // size)
         batches = itertools.islice(pipeline.batches(data, size, cfg["seed"]), number)

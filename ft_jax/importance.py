@@ -1,10 +1,11 @@
 """Scores of weights, for masks that pick by them: ``python -m ft_jax.importance --kind=fisher --config=… --out=DIR``.
 
 ``--kind=gradient`` and ``--kind=fisher`` read ``--examples`` training examples of a config at its starting weights;
-``--kind=change`` compares a run (``--run=WORKDIR``) with its start. What is scored with ``method=full`` trains with
+``--kind=change`` compares a run (``--run=WORKDIR``) with its start; ``--kind=disagreement`` is of units, not weights. What is scored with ``method=full`` trains with
 ``method=full+fisher(share=0.005,scores=FOLDER)``.
 """
 
+import dataclasses
 import itertools
 import pathlib
 import sys
@@ -16,13 +17,16 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm.auto import tqdm
 
-from ft_jax import recipe, train, tree
+from ft_jax import recipe, taps, train, tree
+from ft_jax.allocation import GATED
 from ft_jax.data import pipeline
 from ft_jax.errors import UserError, cli, one_line
 from ft_jax.io import files, runs, safetensors
+from ft_jax.models.layers import real_tokens
+from ft_jax.objectives import inputs_of
 from ft_jax.registry import register
 
-KINDS = ("gradient", "fisher", "change")
+KINDS = ("gradient", "fisher", "change", "disagreement")
 
 
 def _mean(objective, params, mask, batches, kind):
@@ -59,6 +63,38 @@ def fisher(objective, params, mask, batches):
     return _mean(objective, params, mask, batches, "fisher")
 
 
+def disagreement(model, params, batches, *, rate=0.003, seed=0):
+    """``{path of mlp/up and mlp/down: [layers, outputs]}``: ∂KL(p_2‖p_1)/∂gate a token of two passes that dropout sets apart.
+
+    A gate of 1 multiplies each unit of a layer's FFN, hidden and output; p_1 and p_2 are what the model predicts under
+    the same gates, and the slope goes through both. A model without dropout of its own drops ``rate`` of the attention's
+    weights and of the FFN's outputs. As CoFiTune's published code (arXiv:2404.10306), but for padding, which it counts.
+    """
+    own = model.config
+    if not own.hidden_dropout and not own.attention_dropout:
+        own = dataclasses.replace(own, hidden_dropout=rate, attention_dropout=rate)
+    model = dataclasses.replace(model, config=own)
+    gated = taps.attach(model, params, [("|".join(GATED.values()), "affine")], jax.random.key(0))
+    held = gated["layers"]["taps"]
+
+    def far(gates, batch, keys):
+        put = {**held, **{site: held[site].replace(scale=gate) for site, gate in gates.items()}}
+        put, inputs = {**gated, "layers": {**gated["layers"], "taps": put}}, inputs_of(batch)
+        first, second = (jax.nn.log_softmax(model.apply(put, inputs, key).astype(jnp.float32)) for key in keys)
+        each = (jnp.exp(second) * (second - first)).sum(-1)
+        real = real_tokens(inputs) if each.ndim == 2 else jnp.ones(each.shape)
+        return jnp.where(real, each, 0).sum(), real.sum()
+
+    slope, gates = jax.jit(jax.grad(far, has_aux=True)), {site: held[site].scale for site in GATED.values()}
+    total, count = jax.tree.map(jnp.zeros_like, gates), 0.0
+    for number, batch in enumerate(batches):
+        found, units = slope(gates, batch, jax.random.split(jax.random.fold_in(jax.random.key(seed), number)))
+        total, count = jax.tree.map(jnp.add, total, found), count + float(units)
+    if not count:
+        raise UserError("no example to score units by")
+    return {path: np.asarray(total[site]) / np.float32(count) for path, site in GATED.items()}
+
+
 def change(start, end, mask):
     """``{path: |θ_end - θ_start|}`` of the leaves that train."""
     first, last = (tree.flatten(tree.split(params, mask)[0]) for params in (start, end))
@@ -74,7 +110,7 @@ def change_of_run(workdir):
 
 
 def of_config(cfg, kind, examples):
-    """`gradient` or `fisher` of ``examples`` training examples at the start of a train config."""
+    """`gradient`, `fisher` or `disagreement` of ``examples`` training examples at the start of a train config."""
     cfg = train.ready(cfg)
     parts, size = train.prepare(cfg), cfg["batch_size"]
     if not 0 < examples <= len(parts["data"]["train"]):
@@ -82,6 +118,8 @@ def of_config(cfg, kind, examples):
     count = -(-examples // size)
     stream = itertools.islice(pipeline.batches(parts["data"]["train"], size, cfg["seed"]), count)
     batches = tqdm(stream, total=count, desc=kind, unit="batch")
+    if kind == "disagreement":
+        return disagreement(parts["model"], parts["params"], batches, seed=cfg["seed"])
     return _mean(parts["objective"], parts["params"], parts["mask"], batches, kind)
 
 
@@ -118,7 +156,8 @@ def main(argv=None):
     else:
         scores = of_config(values.config, values.kind, values.examples)
     save(values.out, scores, values.kind)
-    print(f"{values.out}: {values.kind} of {sum(x.size for x in scores.values()):,} weights")
+    counted = "units" if values.kind == "disagreement" else "weights"
+    print(f"{values.out}: {values.kind} of {sum(x.size for x in scores.values()):,} {counted}")
 
 
 if __name__ == "__main__":

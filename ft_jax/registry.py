@@ -38,6 +38,10 @@ TRAITS = {
         "fit": {},  # hyper-parameters that fit the tiny models of the tests, where the defaults do not
     },
     "mask": {"gate": False},  # picks within the leaves that train (ft_jax/masks), and is no tree of bool
+    "objective": {
+        "data": "",  # as what its examples are encoded (`data.pipeline.OBJECTIVES`), where not under its own name
+        "needs": (),  # data settings that it asks for, and that no other objective takes
+    },
     "update": {"whole": False},  # sees the tree as a whole: no mask that draws layers anew goes with it
 }
 

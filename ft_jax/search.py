@@ -138,7 +138,7 @@ def search(config, space, workdir, *, trials=20, sampler="tpe", seed=0):
     spread = distributions(parameters)
     first = {name: d.choices[0] if hasattr(d, "choices") else d.low for name, d in spread.items()}
     metric = config_of(config, filled(settings, values_of(parameters, first)))["eval"]["metric"]
-    workdir = _opened(workdir, {"config": config, "space": space, "sampler": sampler, "seed": seed})
+    workdir = opened(workdir, {"config": config, "space": space, "sampler": sampler, "seed": seed})
     study = _study(workdir, metric)
     rows = write(study, workdir, metric)
     with tqdm(total=trials, initial=len(rows), desc="search", unit="trial") as bar:
@@ -153,7 +153,8 @@ def search(config, space, workdir, *, trials=20, sampler="tpe", seed=0):
     return rows
 
 
-def _opened(workdir, made):
+def opened(workdir, made):
+    """The folder of a search that ``made`` describes; UserError when it holds another one, or none."""
     workdir = files.make_folder(workdir)
     file = workdir / "search.json"
     if not file.exists():
@@ -176,12 +177,16 @@ def _study(workdir, metric):
     return study
 
 
+def folder_of(settings):
+    """Where the run of these settings lies in a search's folder."""
+    return f"runs/{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]}"
+
+
 def _run(study, trial, values, settings, config, workdir, metric):
     chosen = filled(settings, values)
-    name = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
-    row = {"parameters": values, "settings": chosen, "run": f"runs/{name}"}
+    row = {"parameters": values, "settings": chosen, "run": folder_of(chosen)}
     try:
-        summary = train.train(config_of(config, chosen), workdir / "runs" / name, label=f"trial {trial.number}")
+        summary = train.train(config_of(config, chosen), workdir / row["run"], label=f"trial {trial.number}")
         row |= {"size": summary["moving_parameters"], "score": summary[f"best_{metric}"]}
     except UserError as error:
         row["failed"] = str(error)

@@ -16,9 +16,9 @@ from ft_jax.data import pipeline, prompts
 from ft_jax.errors import Stopped, UserError, nearest
 from ft_jax.io import hf, tokenizer
 from ft_jax.io.runs import Run
-from ft_jax.kernels import mixture
+from ft_jax.kernels import mixture, parse_rule
 from ft_jax.models import extend
-from ft_jax.objectives import terms
+from ft_jax.objectives import data_of, terms
 from ft_jax.progress import Best, Clock, Stop
 
 # Every key a train config may hold, with its default; configs/train.py says what each one means.
@@ -36,6 +36,7 @@ DEFAULTS = {
 }  # fmt: skip
 OBJECTIVE_HEADS = {
     "classification": ("classification", "prototype", "label_words"), "causal_lm": ("lm",), "mlm": ("mlm",),
+    "instruction_alignment": ("lm",),
 }  # fmt: skip
 POSITIVE = ("steps", "batch_size", "accumulate", "eval.batch_size", "save.every", "save.keep", "log.every",
             "method.start_examples")  # fmt: skip
@@ -94,19 +95,29 @@ def _typed(name, value, default):
 
 def make_objective(cfg, model, tok):
     """``(params, batch, rng) -> (loss, metrics)`` for a config."""
-    name = cfg["objective"]
-    fn = registry.get("objective", name).fn
+    (name, hp), own = parse_rule(cfg["objective"]), {}
+    needs = registry.get("objective", name).traits["needs"]
     heads = OBJECTIVE_HEADS.get(name, ())
     if heads and model.config.head not in heads:
         raise UserError(
             f"objective {name!r} needs a model head of {', '.join(heads)}; this model has {model.config.head!r}"
         )
+    for method in registry.methods("objective"):
+        for key in method.traits["needs"]:
+            if bool(cfg.get("data", {}).get(key)) != (key in needs):
+                raise UserError(f"data setting {key} and objective {method.name!r} go together; this objective is {name!r}")
     if name == "classification" and model.config.num_labels != cfg["data"]["num_labels"]:
         raise UserError(f"data.num_labels is {cfg['data']['num_labels']} but the model's head has {model.config.num_labels}")
     if name == "mlm":
         if tok.mask_id is None:
             raise UserError("objective 'mlm' needs a tokenizer with a mask token; this one has none")
-        fn = functools.partial(fn, mask_token_id=tok.mask_id, vocab_size=model.config.vocab_size)
+        own = {"mask_token_id": tok.mask_id, "vocab_size": model.config.vocab_size}
+    if given := sorted(own.keys() & hp.keys()):
+        raise UserError(f"objective {name!r}: {given[0]} is what the tokenizer and the model say")
+
+    def fn(*args):
+        return registry.call("objective", name, *args, **hp, **own)
+
     return terms.added(fn, model, cfg["model"]["dropout"])
 
 
@@ -234,7 +245,7 @@ def prepare(cfg, base=None, dry=False, start=None):
     if (length := pipeline.settings(cfg["data"])["max_length"]) > limit:
         raise UserError(f"data.max_length {length} is beyond the {limit} positions that {cfg['model']['path']!r} has for tokens")
     data = {
-        split: pipeline.build(cfg["data"], split, tok, cfg["objective"], model.config.vocab_size)
+        split: pipeline.build(cfg["data"], split, tok, data_of(cfg["objective"]), model.config.vocab_size)
         for split in ("train", "validation")
     }
     if data["train"].tasks:

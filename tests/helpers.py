@@ -57,7 +57,9 @@ def make_batch(model, rows=4, length=8, seed=0, padded=True):
     special = np.zeros_like(ids)
     special[:, 0] = 1
     prompt = np.arange(length) < 2 + np.arange(rows)[:, None] % 3
-    return {"input_ids": np.where(mask, ids, pad), "attention_mask": mask,
+    other = np.where(prompt, np.roll(ids, 1, 0), ids)
+    return {"input_ids": np.where(mask, ids, pad), "attention_mask": mask, "paraphrase_input_ids": np.where(mask, other, pad),
+            "paraphrase_attention_mask": mask, "paraphrase_loss_mask": mask * ~prompt,
             "label": rng.integers(0, model.config.num_labels, rows).astype(np.int32),
             "loss_mask": mask * ~prompt, "special_tokens_mask": special | (1 - mask)}  # fmt: skip
 

@@ -118,23 +118,27 @@ def test_migu_cuts_the_b_of_low_rank_kernels_and_refuses_other_shares():
 
 
 def test_cofitunes_soft_mask_lets_through_what_general_text_does_not_need(tmp_path):
-    """Adam's second moment shows which gradient it was; outside the FFN, and in its output bias, the whole one."""
+    """Adam's second moment shows which gradient it was; outside the FFN's outputs the whole one."""
     model = make_model("bert")
-    params, rng = make_params(model), np.random.default_rng(0)
+    params = make_params(model)
+    slope = importance.disagreement(model, params, [make_batch(model, seed=i) for i in range(2)], seed=3)
+    importance.save(tmp_path / "scores", slope, "disagreement")
     grads = jax.tree.map(lambda x: jnp.cos(7 * x), params)
-    slope = {p: rng.standard_normal(x.shape).astype(np.float32) for p, x in tree.flatten(params).items()}
-    importance.save(tmp_path / "scores", slope, "gradient")
     tx = registry.call("update", "cofitune_soft", scores=str(tmp_path / "scores"), b2=0.5)
     _, state = tx.update(grads, tx.init(params), params)
-    down = np.asarray(params["layers"]["mlp"]["down"]["kernel"], np.float64)
-    s = np.abs((down * slope["layers/mlp/down/kernel"]).sum(-1))
-    free = 1 - np.abs(np.tanh((s - s.mean(-1, keepdims=True)) / s.std(-1, keepdims=True)))
-    assert free.min() < 0.1 and free.max() > 0.9
-    factors = {"layers/mlp/down/kernel": free[..., None], "layers/mlp/up/kernel": free[:, None], "layers/mlp/up/bias": free}
+    factors = {}
+    for name, width in (("up", 48), ("down", 32)):
+        s = np.asarray(slope[f"layers/mlp/{name}/kernel"], np.float64)
+        assert s.shape == (3, width) and s.min() < 0 < s.max(), "slopes keep their sign"
+        free = 1 - np.abs(np.tanh((s - s.mean(-1, keepdims=True)) / s.std(-1, ddof=1, keepdims=True)))
+        assert free.min() < 0.2 and free.max() > 0.9
+        factors |= {f"layers/mlp/{name}/kernel": free[:, None], f"layers/mlp/{name}/bias": free}
     second = {p.split("nu/")[1]: x for p, x in tree.flatten(state).items() if "/nu/" in p}
     for path, g in tree.flatten(grads).items():
         np.testing.assert_allclose(second[path], 0.5 * (factors.get(path, 1.0) * np.asarray(g)) ** 2, rtol=1e-3, atol=1e-7)
     with pytest.raises(UserError, match="this mask needs scores=FOLDER"):
         registry.call("update", "cofitune_soft").init(params)
-    with pytest.raises(UserError, match="'cofitune_soft' goes by the units of layers/mlp/down/kernel"):
+    with pytest.raises(UserError, match="goes by the units of layers/mlp/up/kernel and layers/mlp/down/kernel"):
         registry.call("update", "cofitune_soft").init({"w": {"kernel": jnp.ones((3, 4))}})
+    with pytest.raises(UserError, match="no example to score units by"):
+        importance.disagreement(model, params, [])

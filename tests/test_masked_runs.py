@@ -1,6 +1,7 @@
 """Runs under gates, scores for masks, and layers drawn anew: what the engine, the recipe and the command line make of them."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from ft_jax import importance, registry, train, tree
 from ft_jax.data import pipeline
 from ft_jax.errors import UserError
-from ft_jax.io import runs
+from ft_jax.io import runs, safetensors
 from tests import folders
 
 
@@ -123,6 +124,30 @@ def test_lt_sft_is_two_runs_and_differences_add_up(home, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_soft_mask_from_the_command_line_to_a_run(home, tmp_path, capsys, monkeypatch):
+    """Scores of a config's examples, an update by them: a unit that two passes disagree by moves less than another."""
+    text = f"configs/train.py:model={home / 'bert'},data={home / 'reviews.jsonl'}"
+    monkeypatch.setattr(sys, "argv", ["importance", "--kind=disagreement", f"--config={text}", "--config.data.max_length=16",
+                                      "--config.batch_size=8", "--examples=16", f"--out={tmp_path / 'scores'}"])  # fmt: skip
+    importance.main()
+    assert "disagreement of 240 units" in capsys.readouterr().out, "3 layers of 48 hidden units and 32 outputs"
+    hp = {"scores": str(tmp_path / "scores"), "eps": 1e3}  # so large that Adam moves a weight by its gradient
+    rules = {"trainable": (("layers/.*", True), ("(head|pooler)/.*", True))}
+    cfg = config(home, "rules", steps=1, method=rules, optimizer={"name": "cofitune_soft", "hp": hp, "learning_rate": 1e3, "clip": 0.0, "warmup": 0.0})
+    train.train(cfg, tmp_path / "soft")
+    train.train({**cfg, "optimizer": {**cfg["optimizer"], "name": "adamw", "hp": {"eps": 1e3}}}, tmp_path / "plain")
+    _, start, _, _ = train.recipe.build(train.recipe.of_config(train.complete(cfg)))
+    start, soft, plain = tree.flatten(start), last(tmp_path / "soft"), last(tmp_path / "plain")
+    slope = dict(safetensors.Checkpoint(tmp_path / "scores").items())
+    for path in ("layers/mlp/up/kernel", "layers/mlp/down/kernel", "layers/mlp/up/bias"):
+        far = slope[path.replace("bias", "kernel")]
+        free = 1 - np.abs(np.tanh((far - far.mean(-1, keepdims=True)) / far.std(-1, ddof=1, keepdims=True)))
+        whole = np.asarray(plain[path] - start[path])
+        assert np.abs(whole).max() > 1e-4
+        np.testing.assert_allclose(soft[path] - start[path], whole * (free if whole.ndim == 2 else free[:, None]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_scores_are_means_over_examples_in_numpy(home):
     """One gradient an example; the Fisher scores its squares' mean, the gradient scores its mean."""
     cfg = train.ready(config(home, "rules", model={"path": str(home / "bert"), "head": "classification", "dropout": True}))
@@ -141,7 +166,7 @@ def test_scores_are_means_over_examples_in_numpy(home):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--kind=fihser", "--out=x"], ["give --kind (gradient, fisher, change)"]),
+        (["--kind=fihser", "--out=x"], ["give --kind (gradient, fisher, change, disagreement)"]),
         (["--kind=change", "--out=x"], ["needs --run"]),
         (["--kind=fisher", "--out=x"], ["needs --config"]),
         (["--kind=change", "--run=nowhere", "--out=x"], ["nowhere holds no run"]),

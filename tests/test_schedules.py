@@ -175,7 +175,9 @@ def test_hft_trains_half_of_every_group_in_every_layer():
 
 
 def test_cofitune_and_fpf_pick_modules(scores):
+    both = {p for p, m in gate_at("cofitune(modules=attn/q+mlp/down,low=0.3,high=0.7)", make(), 0).items() if m.any()}
     on = {p: m for p, m in gate_at("cofitune(modules=mlp/down,low=0.3,high=0.7)", make(), 0).items() if m.any()}
+    assert {p for p in both - set(on)} == {p for p in tree.flatten(make()) if p.startswith("layers/attn/q/")} != set()
     assert set(on) == {"layers/mlp/down/kernel", "layers/mlp/down/bias", "head/kernel", "head/bias"}
     assert on["layers/mlp/down/bias"][:, 0].tolist() == [False, False, True, True, True, False]
     held = scores["change"][1]

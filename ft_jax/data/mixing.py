@@ -7,7 +7,7 @@ import numpy as np
 from ft_jax.errors import UserError
 
 # What is one for all sources: it decides the model's head, or what a batch is.
-SHARED = ("sources", "label_words", "packing", "max_length")
+SHARED = ("sources", "label_words", "packing", "paraphrases", "max_length")
 
 
 def settings_of(c):
@@ -46,6 +46,8 @@ class Mixed:
     name: str
     parts: tuple
     info: dict
+
+    drawn = False
 
     @property
     def objective(self):

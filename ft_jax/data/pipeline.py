@@ -6,7 +6,7 @@ import pathlib
 import grain
 import numpy as np
 
-from ft_jax.data import examples, files, mixing, packing, prompts, sources, tasks, tokenise
+from ft_jax.data import examples, files, mixing, packing, paraphrases, prompts, sources, tasks, tokenise
 from ft_jax.errors import UserError, nearest
 from ft_jax.io import assets
 
@@ -19,6 +19,7 @@ DEFAULTS = {
     "text_field": "text",
     "pair_field": "",  # second text of an encoder's pair
     "template": "",  # text made of named fields, "{question}\nAnswer:"; with completion_field it is the prompt
+    "paraphrases": (),  # causal LM: templates that say what template says, one of them beside it (instruction_alignment)
     "label_words": (),  # model.head=label_words: a word for each label, at the template's [MASK] or after its end
     "prompt_field": "",  # causal LM: no loss on it
     "completion_field": "",
@@ -66,6 +67,7 @@ def settings(cfg):
     if out["shots"] and not out["num_labels"]:
         raise UserError(f"data setting shots {out['shots']} counts examples of each class: set num_labels")
     prompts.check(out)
+    paraphrases.check(out)
     if out["sources"]:
         mixing.check(out, settings)
     if out["prompt_field"] and not out["completion_field"]:
@@ -205,6 +207,7 @@ class Dataset:
     packed: bool = False
 
     tasks = 0  # task ids: those of a `Mixed` alone
+    drawn = False  # whether a batch also depends on its number: that of a `Paraphrased` alone
 
     def __len__(self):
         return self.info["rows" if self.packed else "examples"]
@@ -251,15 +254,19 @@ def build(cfg, split, tokenizer, objective, vocab_size, cache_dir=None):
     if objective not in OBJECTIVES:
         raise UserError(f"no objective called {objective!r}{nearest(objective, OBJECTIVES)}")
     for name, owner in (("packing", "causal_lm"), ("completion_field", "causal_lm"), ("pair_field", "classification"),
-                        ("label_words", "classification")):  # fmt: skip
+                        ("label_words", "classification"), ("paraphrases", "causal_lm")):  # fmt: skip
         if c[name] and objective != owner:
             raise UserError(f"data setting {name} is for {owner}, not for {objective}")
-    left = c["truncation_side"] == "left"
-    if left and (objective != "classification" or c["template"]):
+    if c["truncation_side"] == "left" and (objective != "classification" or c["template"]):
         raise UserError("data setting truncation_side=left is for classification without a template")
-    encode = OBJECTIVES[objective](tokenizer, c)
     source = source_of(c, split)
-    drawn = _draw(c, split, source)
+    made = [_dataset({**c, "template": text}, split, source, tokenizer, objective, vocab_size, cache_dir)
+            for text in (c["template"], *c["paraphrases"])]  # fmt: skip
+    return paraphrases.beside(*made) if c["paraphrases"] else made[0]
+
+
+def _dataset(c, split, source, tokenizer, objective, vocab_size, cache_dir):
+    encode, left, drawn = OBJECTIVES[objective](tokenizer, c), c["truncation_side"] == "left", _draw(c, split, source)
     limit = 0 if drawn else c["limit" if split == "train" else "eval_limit"]
     folder = pathlib.Path(cache_dir) if cache_dir else assets.cache_dir() / "tokens"
     decides = ("text_field", "pair_field", "template", "prompt_field", "completion_field", "append_eos", "label_field",
@@ -340,7 +347,12 @@ def batches(dataset, batch_size, seed, shuffle=True, process_index=0, process_co
     indices = grain.MapDataset.range(len(dataset)).seed(seed)
     if shuffle:
         indices = indices.shuffle()
-    return indices.repeat().batch(batch_size).map(lambda chosen: dataset.gather(np.asarray(chosen)[rows]))
+
+    def load(step, chosen):
+        drawn = (dataset.draw(seed, step, batch_size)[rows],) if dataset.drawn else ()
+        return dataset.gather(np.asarray(chosen)[rows], *drawn)
+
+    return indices.repeat().batch(batch_size).map_with_index(load)
 
 
 def prefetch(ds, start=0, threads=2, ahead=4):

@@ -115,14 +115,16 @@ def _write_peanut(found):
 # PSOFT
 
 
+# ``w [out, in] -> Vᵀ [min(out, in), in]`` as ``torch.linalg.svd`` gives it where the adapter is used; this package has no torch.
+SVD = None
+
+
 def _principal_there(w, rank, left):
     """±1 of each pair of singular vectors of a stored matrix ``w [out, in]`` as PEFT's torch has them, against ``left``'s."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError("PEFT's PSOFT file leaves the singular vectors out and has torch find them again, with signs that its "
-                        "libraries choose: reading or writing one needs torch, which is not installed") from None
-    found = torch.linalg.svd(torch.tensor(np.array(w)), full_matrices=False)[2].numpy()[:rank]
+    if SVD is None:
+        raise UserError("PEFT's PSOFT file leaves the singular vectors out and finds them again, with signs that differ between "
+                        "libraries: set io.peft_aware.SVD to the right singular vectors as PEFT's own library gives them")
+    found = SVD(np.array(w))[:rank]
     cosines = np.einsum("ri,ir->r", found, left / np.linalg.norm(left, axis=0))
     if np.abs(cosines).min() < 0.999:
         raise UserError("singular values of the matrix are too close to tell their vectors apart, which PEFT's file leaves out")

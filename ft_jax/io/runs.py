@@ -73,7 +73,7 @@ class Run:
         """Locks the folder until `close` or the process's end, however it comes."""
         if "_lock" in self.__dict__:
             return
-        file = open(self.path / "LOCK", "a+")
+        file = open(self.path / "LOCK", "a+")  # noqa: SIM115 (held as long as the run)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

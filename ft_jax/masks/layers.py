@@ -113,16 +113,17 @@ def _picked(trainable, chosen):
 
 @register("mask", "cofitune", paper="arXiv:2404.10306", gate=True)
 def cofitune(trainable, step, *, modules="mlp", low=0.25, high=0.5):
-    """CoFiTune's coarse level: ``modules`` (attn, mlp, or one as mlp/down) of the layers from low · L up to high · L.
+    """CoFiTune's coarse level: ``modules`` (attn, mlp, or as mlp/up+mlp/down) of the layers from low · L up to high · L.
 
-    All else is off but the task head. The paper finds module and range by a tree search over runs.
+    All else is off but the task head. The paper finds module and range by a tree search over runs: `ft_jax.tree_search`.
     """
     del step
     layers, paths = _layers(trainable, "cofitune")
-    known = {m.removeprefix("layers/") for m in map(module_of, paths)}
-    if not any(m == modules or m.startswith(modules + "/") for m in known):
-        options = sorted(known | {m.split("/")[0] for m in known})
-        raise UserError(f"mask 'cofitune': no module {modules!r}{nearest(modules, options)}")
+    known, chosen = {m.removeprefix("layers/") for m in map(module_of, paths)}, modules.split("+")
+    for module in chosen:
+        if not any(m == module or m.startswith(module + "/") for m in known):
+            options = sorted(known | {m.split("/")[0] for m in known})
+            raise UserError(f"mask 'cofitune': no module {module!r}{nearest(module, options)}")
     within = (np.arange(layers) >= low * layers) & (np.arange(layers) < high * layers)
     if not within.any():
         raise UserError(f"mask 'cofitune': no layer of {layers} lies from {low} up to {high} of them")
@@ -131,7 +132,7 @@ def cofitune(trainable, step, *, modules="mlp", low=0.25, high=0.5):
         inner = path.removeprefix("layers/")
         if path.split("/")[0] in TASK:
             return True
-        return within if path != inner and inner.startswith(modules + "/") else np.asarray(False)
+        return within if path != inner and inner.startswith(tuple(f"{m}/" for m in chosen)) else np.asarray(False)
 
     return tree.map_with_path(lambda p, _: on(p), trainable)
 

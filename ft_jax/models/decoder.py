@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from ft_jax.kernels.base import dot
@@ -58,8 +59,10 @@ class Layer(nn.Module):
             allowed = allowed & ((window == 0) | (distance < window))
         y = tap("attn_in", L.RMSNorm(c.norm_eps, name="attn_norm")(x))
         x = self.joined("attn_out", x, Attention(c, self.shares, name="attn")(y, allowed, cos, sin, prefix, tap, rng), tap)
-        y = tap("ffn_in", L.RMSNorm(c.norm_eps, name="mlp_norm")(x))
-        x = self.joined("ffn_out", x, GatedMLP(c, name="mlp")(y, tap), tap)
+        y = GatedMLP(c, name="mlp")(tap("ffn_in", L.RMSNorm(c.norm_eps, name="mlp_norm")(x)), tap)
+        if c.hidden_dropout and rng is not None:  # no published model has it: `importance.disagreement` asks for it
+            y = L.dropout(y, c.hidden_dropout, jax.random.fold_in(rng, 1))
+        x = self.joined("ffn_out", x, y, tap)
         return tap("block_out", x), tap.seen
 
     def joined(self, site, x, y, tap):

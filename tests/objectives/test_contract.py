@@ -12,7 +12,8 @@ from tests.helpers import MASK, VOCAB, assert_trees_close, make_batch, make_mode
 
 OBJECTIVES = [m.name for m in registry.methods("objective")]
 # objective -> (family of the batch, hyper-parameters a run fills in from its tokenizer)
-SETTINGS = {"mlm": ("bert", {"mask_token_id": MASK, "vocab_size": VOCAB}), "causal_lm": ("llama", {})}
+SETTINGS = {"mlm": ("bert", {"mask_token_id": MASK, "vocab_size": VOCAB}), "causal_lm": ("llama", {}),
+            "instruction_alignment": ("llama", {})}  # fmt: skip
 
 
 def setting(name, rows=6, length=12, seed=0):

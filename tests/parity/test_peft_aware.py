@@ -1,14 +1,12 @@
 """PEFT's methods whose change of a matrix is made from the matrix: theirs here, ours there, one step of SGD."""
 
-import sys
-
 import numpy as np
 import peft as hf_peft
 import pytest
 import torch
 
 from ft_jax.errors import UserError
-from ft_jax.io import files, hf, peft, safetensors
+from ft_jax.io import files, hf, peft, peft_aware, safetensors
 from tests.parity import peft_adapters
 from tests.parity.peft_adapters import MODELS, assert_same, base_model, merged_logits, torch_logits
 
@@ -32,6 +30,12 @@ METHODS = {
     "supra": (lambda t: hf_peft.SupertuningConfig(sparsity=0.9, select_top=False, r=3, lora_alpha=6, target_modules=t),
               "supra(share=0.1, pick=smallest, rank=3, alpha=6)"),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def theirs_svd(monkeypatch):
+    """PEFT's files of PSOFT mean the vectors that torch finds."""
+    monkeypatch.setattr(peft_aware, "SVD", lambda w: torch.linalg.svd(torch.tensor(w), full_matrices=False)[2].numpy())
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +114,7 @@ def test_fields_that_are_not_held_are_named(name, changes, cut, words, bases, tm
 
 
 def test_what_a_file_cannot_hold_is_refused(bases, tmp_path, monkeypatch):
-    """Matrices without one sparsity, a subspace that is not the base's main one, and PSOFT without torch."""
+    """Matrices without one sparsity, a subspace that is not the base's main one, and PSOFT without PEFT's vectors."""
     model, base, params = peft_adapters.ours([("layers/attn/q/kernel", "sparse(share=0.1)"), ("layers/mlp/up/kernel", "sparse(share=0.2)")],
                                              "llama", bases)  # fmt: skip
     with pytest.raises(UserError, match="58 of 576, .* places, which no one sparsity of PEFT's config gives"):
@@ -121,6 +125,6 @@ def test_what_a_file_cannot_hold_is_refused(bases, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="q_proj: its subspace is not the main one of the matrix"):
         peft.save_adapter(tmp_path, model, params, "b", base=base)
     params["layers"]["attn"]["q"]["kernel"] = kernel
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match="PSOFT file leaves the singular vectors out .* needs torch, which is not installed"):
+    monkeypatch.setattr(peft_aware, "SVD", None)
+    with pytest.raises(UserError, match="PSOFT file leaves the singular vectors out .* set io.peft_aware.SVD"):
         peft.save_adapter(tmp_path, model, params, "b", base=base)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs.train import method as method_of
-from ft_jax import importance, masks, models, registry, taps, tree, updates
+from ft_jax import allocation, importance, masks, models, registry, taps, tree, updates
 from ft_jax import train as engine
 from ft_jax.data import pipeline
 from ft_jax.errors import UserError
@@ -152,6 +152,8 @@ def scores(world, tmp_path_factory):
     mask, out = masks.rules(world.params, 0, trainable=[("layers/.*", True)]), tmp_path_factory.mktemp("scores")
     slope = importance.gradient(world.objective, world.params, mask, [world.batch])
     held = {"gradient": slope, "fisher": {p: x**2 for p, x in slope.items()}, "change": {p: np.abs(x) for p, x in slope.items()}}
+    weights = tree.flatten(world.params)  # the slope of a gate on a unit, of the loss and not of a KL: two more passes take minutes
+    held["disagreement"] = {p: (np.asarray(weights[p]) * slope[p]).sum(-2) for p in allocation.GATED}
     for kind, values in held.items():
         importance.save(out / kind, values, kind)
     return {kind: out / kind for kind in held}
@@ -173,7 +175,7 @@ def test_every_update(name, world, scores):
         text, hp = FOR[name]
         params, mask = with_kernel(world, text) if text else (params, mask)
     if name == "cofitune_soft":
-        mask, hp = masks.rules(params, 0, trainable=[("layers/mlp/.*", True)]), {"scores": str(scores["gradient"])}
+        mask, hp = masks.rules(params, 0, trainable=[("layers/mlp/.*", True)]), {"scores": str(scores["disagreement"])}
     if name == "drift":  # drawn towards the model as it was
         params = tree.map_with_path(lambda p, x: 0.99 * x if p.startswith("layers/") else x, params)
         hp = {"prior": world.folder}

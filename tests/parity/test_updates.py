@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from ft_jax import masks, models, registry, tree, updates
+from ft_jax import allocation, importance, masks, models, registry, tree, updates
 from ft_jax.io import hf
 from tests import folders, gate_trees
 from tests.gate_trees import LAYERS
@@ -115,6 +115,81 @@ def test_a_fixed_gate_is_a_masked_gradient(mask):
         theirs.step(float(lr(step)), lambda *_: True, Torch.tensors(whole))
     theirs.assert_equal(found, 2e-6)
     assert LAYERS > 1
+
+
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.3, 0.5, 0.7, 1.0])
+def test_migu_keeps_the_outputs_that_its_published_code_keeps(share):
+    """Its lines: outputs summed by a hook, kept from `torch.quantile(sums, 1 - share)` up, `weight.grad` times that, AdamW."""
+    torch.manual_seed(0)
+    rng, tx = np.random.default_rng(0), registry.call("update", "migu", learning_rate=RATE, share=share, **ADAM)
+    for width in (1, 2, 3, 8, 11, 12, 21, 48, 101, 768):
+        layer, x, target = torch.nn.Linear(5, width, bias=False), torch.randn(4, 6, 5), torch.randn(4, 6, width)
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight.mul(16).round() / 16)  # few values, so that sums of outputs tie
+            x = x.round()
+        before, sums = layer.weight.detach().clone(), []
+        layer.register_forward_hook(lambda m, i, out, w=width, sums=sums: sums.append(out.reshape(-1, w).abs().sum(0)))
+        (layer(x) - target).square().mean().backward()
+        grad = layer.weight.grad.clone()
+        layer.weight.grad *= (sums[0] >= torch.quantile(sums[0], 1 - share)).float().unsqueeze(-1)
+        torch.optim.AdamW(layer.parameters(), lr=RATE, betas=(ADAM["b1"], ADAM["b2"]), eps=ADAM["eps"],
+                          weight_decay=ADAM["weight_decay"]).step()  # fmt: skip
+        params, grads = ({"layers": {"mlp": {"up": {"kernel": jnp.asarray(w.numpy().T[None])}}}} for w in (before, grad))
+        moves, _ = tx.update(grads, tx.init(params), params, outputs=lambda s=sums[0]: {"layers/mlp/up/kernel": jnp.asarray(s.detach().numpy()[None])})
+        moved = params["layers"]["mlp"]["up"]["kernel"][0] + moves["layers"]["mlp"]["up"]["kernel"][0]
+        np.testing.assert_allclose(moved, layer.weight.detach().numpy().T, rtol=0, atol=1e-6, err_msg=str(width))
+        spread = torch.tensor(rng.standard_normal((3, width)), dtype=torch.float32).abs()
+        mine = np.asarray(allocation.quantile(jnp.asarray(spread.numpy()), 1 - share))[:, 0]
+        np.testing.assert_array_equal(spread.numpy() >= mine[:, None], (spread >= spread.quantile(1 - share, 1, True)).numpy())
+
+
+def dropped(shape, key, rate):
+    return np.asarray(jax.random.bernoulli(key, 1 - rate, shape))
+
+
+def test_cofitunes_soft_mask_beside_gates_in_torch(tmp_path, monkeypatch):
+    """Its lines: gates of 1 on the outputs of up and down, KL of two training passes, signed slopes, tanh of their z-scores."""
+    rate, rows, length, layers = 0.2, 2, 6, 3
+    adam = {**ADAM, "eps": 0.1}  # else Adam's first step has the size of the rate, whatever the gradient's
+    folders.make_model_folder(tmp_path, "llama", "lm")
+    model, params = hf.load(tmp_path, head="lm")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", attention_dropout=rate).train()
+    masks_left, gates = [], {name: torch.ones(layers, width, requires_grad=True) for name, width in (("up", 48), ("down", 32))}
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, **_: x * torch.tensor(masks_left.pop(0)).view_as(x) / (1 - rate))
+    for i, block in enumerate(theirs.model.layers):
+        block.mlp.up_proj.register_forward_hook(lambda m, x, y, i=i: y * gates["up"][i])
+        block.mlp.down_proj.register_forward_hook(lambda m, x, y, i=i: torch.nn.functional.dropout(y * gates["down"][i]))
+    rng, batches = np.random.default_rng(0), []
+    for number in range(2):
+        ids = rng.integers(7, 20, (rows, length))
+        batches.append({"input_ids": ids.astype(np.int32), "attention_mask": np.ones_like(ids, np.int32)})
+        for key in jax.random.split(jax.random.fold_in(jax.random.key(5), number)):
+            for own in jax.random.split(key, layers):
+                masks_left += [dropped((rows, 2, 2, length, length), own, rate), dropped((rows, length, 32), jax.random.fold_in(own, 1), rate)]
+        first, second = (theirs(input_ids=torch.tensor(ids)).logits for _ in range(2))
+        kl = torch.nn.functional.kl_div(first.log_softmax(-1), second.softmax(-1), reduction="batchmean") * 0.1
+        kl.backward()
+    assert not masks_left and kl.item() > 1e-3
+    ours = importance.disagreement(model, params, batches, rate=rate, seed=5)
+    importance.save(tmp_path / "scores", ours, "disagreement")
+    params = {"layers": {"mlp": params["layers"]["mlp"]}}
+    tx = registry.call("update", "cofitune_soft", learning_rate=RATE, scores=str(tmp_path / "scores"), **adam)
+    grads = jax.tree.map(lambda x: jnp.cos(9 * x), params)
+    moves, _ = tx.update(grads, tx.init(params), params)
+    state, gradient = theirs.state_dict(), tree.flatten(grads)
+    for name, gate in gates.items():
+        slope = gate.grad / (2 * rows * length)
+        np.testing.assert_allclose(ours[f"layers/mlp/{name}/kernel"] * 0.1 / rows, slope.numpy(), rtol=0, atol=1e-6)
+        for layer in range(layers):
+            impt = ((slope[layer] - slope[layer].mean()) / slope[layer].std()).tanh().abs()
+            weight = torch.nn.Parameter(state[f"model.layers.{layer}.mlp.{name}_proj.weight"].clone())
+            weight.grad = torch.tensor(np.array(gradient[f"layers/mlp/{name}/kernel"][layer])).T * (1 - impt)[:, None]
+            before = weight.detach().clone()
+            torch.optim.AdamW([weight], lr=RATE, betas=(adam["b1"], adam["b2"]), eps=adam["eps"], weight_decay=adam["weight_decay"]).step()
+            moved = moves["layers"]["mlp"][name]["kernel"][layer]
+            np.testing.assert_allclose(moved, (weight.detach() - before).numpy().T, rtol=0, atol=1e-5)
+    plain, _ = (own := registry.call("update", "adamw", learning_rate=RATE, **adam)).update(grads, own.init(params), params)
+    np.testing.assert_array_equal(plain["layers"]["mlp"]["gate"]["kernel"], moves["layers"]["mlp"]["gate"]["kernel"])
 
 
 @pytest.mark.parametrize("family, task, auto", [
