@@ -8,6 +8,10 @@ import re
 import sys
 
 
+class Stopped(BaseException):
+    """A run was told to stop, saved what it had and can be resumed: no failure, and nothing for `except Exception`."""
+
+
 class UserError(Exception):
     """A mistake in the input, not in the program; printed as one line with exit status 2."""
 
@@ -64,6 +68,9 @@ def cli(main):
             return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {one_line(error)}", file=sys.stderr)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(0)
         except KeyboardInterrupt:
             print("stopped; run the same command again to resume", file=sys.stderr)
             sys.exit(130)

@@ -4,6 +4,7 @@ A zero column of A and the zero row of B that meets it get zero gradients, and e
 zero with zero gradients where it is: so each member is the run it would be alone, up to rounding.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,10 +21,11 @@ from tqdm.auto import tqdm
 from ft_jax import calibrate, recipe, stacking, tree
 from ft_jax import train as engine
 from ft_jax.data import pipeline
-from ft_jax.errors import UserError
+from ft_jax.errors import Stopped, UserError
 from ft_jax.io import files
 from ft_jax.io.runs import Run
 from ft_jax.kernels import LowRank, is_kernel, parse_rule
+from ft_jax.progress import Stop
 
 # Updates that see each number of a leaf by itself, and so let ranks be padded with zeros.
 PADDED = ("adamw", "adamw_l1", "lion", "lora_plus", "sgd")
@@ -174,11 +176,14 @@ def _shapes(leaf, padded):
 
 def _train(members, base, programs, label):
     """Trains a group to its end; ``{name: summary}`` of those that did not fail."""
-    cfg, first, clock = members[0].cfg, _resume_at(members), engine.Clock()
-    carry, frozen, rates = _start(members, base, first)
+    cfg, clock, carry = members[0].cfg, engine.Clock(), None
+    while carry is None:
+        first = _resume_at(members)
+        with contextlib.suppress(Damaged):  # then the newest step that all hold is an earlier one
+            carry, frozen, rates = _start(members, base, first)
     step_fn, evaluate = _program(programs, members, frozen, carry)
     batches = _batches(members, first)
-    with tqdm(total=cfg["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=cfg["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True) as bar, Stop() as stop:
         for step in range(first + 1, cfg["steps"] + 1):
             if not any(m.active for m in members):
                 break
@@ -187,19 +192,22 @@ def _train(members, base, programs, label):
             ends = step == cfg["steps"]
             logs, evals, saves = (ends or (every and step % every == 0) for every in
                                   (cfg["log"]["every"], cfg["eval"]["every"], cfg["save"]["every"]))  # fmt: skip
-            if logs or evals or saves:
+            stops = stop.asked(True) and not ends
+            if logs or evals or saves or stops:
                 with clock.paused(metrics):
                     _note_failures(members, carry, metrics)
                     if logs:
                         _log(members, step, metrics)
                         bar.set_postfix(loss=_span(members, metrics["loss"]), refresh=False)
                     ended = _evaluate(members, step, carry[0], frozen, evaluate) if evals else []
-                    if saves or ended:
-                        _save([m for m in members if m.active] if saves else ended, members, step, carry[0])
+                    if saves or ended or stops:
+                        _save([m for m in members if m.active] if saves or stops else ended, members, step, carry[0])
                     for member in ended:
                         member.active = False
                     carry = carry[0], stacking.place(np.asarray([m.active for m in members]), members[0].parts["mesh"])
             bar.update()
+            if stops:
+                raise Stopped(f"stopped by SIGTERM after step {step} of {label}, which is saved; the same command goes on from there")
     return _finish(members, carry[0], clock)
 
 
@@ -256,6 +264,10 @@ def _bytes(state):
     return sum(x.nbytes for x in jax.tree.leaves((state.trainable, state.trainable, state.opt_state)))
 
 
+class Damaged(Exception):
+    """A member's checkpoint of the step that all hold could not be read and was put aside."""
+
+
 def _restore(member, base, first):
     """(state, frozen) of one member with its own ranks."""
     cfg, run, parts = member.cfg, member.run, member.parts
@@ -267,9 +279,11 @@ def _restore(member, base, first):
     meta = {"recipe": {**recipe.of_config(cfg), "fingerprint": fingerprint}, "best": None, "stale": 0}
     member.step = 0 if member.failed else first if member.active else run.latest("checkpoints")
     if member.step:
-        recipe.check_base(cfg["model"]["path"], fingerprint, run.meta("checkpoints")["recipe"]["fingerprint"])
-        items, meta = run.restore("checkpoints", {"trainable": trainable, "opt_state": opt_state})
+        member.step, items, meta = run.restore("checkpoints", {"trainable": trainable, "opt_state": opt_state},
+                                               lambda meta: recipe.check_base(cfg["model"]["path"], fingerprint, meta["recipe"]["fingerprint"]))  # fmt: skip
         trainable, opt_state = items["trainable"], items["opt_state"]
+        if member.active and member.step != first:
+            raise Damaged
     if member.active:
         run.rewind_metrics(member.step)
     member.meta, member.best = meta, engine.Best(cfg["eval"]["metric"], *(meta["best"] or ()))

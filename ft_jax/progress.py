@@ -1,10 +1,14 @@
-"""What a run notes of itself: the best evaluation so far, and the time that its steps take."""
+"""What a run notes of itself: the best evaluation so far, the time that its steps take, and whether it is to stop."""
 
 import contextlib
 import dataclasses
+import signal
+import threading
 import time
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 @dataclasses.dataclass
@@ -51,3 +55,28 @@ class Clock:
     @property
     def total(self):
         return time.perf_counter() - self._start
+
+
+class Stop:
+    """Notes SIGTERM instead of dying of it, so that a step ends and is saved; of several processes, if any of them was told."""
+
+    def __init__(self):
+        self._noted, self._before = False, None
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_):
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_):
+        self._noted = True
+
+    def asked(self, together):
+        """Whether to stop now. Several processes have to agree, which they do where ``together`` is true for all."""
+        if jax.process_count() == 1:
+            return self._noted
+        return together and bool(multihost_utils.process_allgather(np.asarray(self._noted)).any())

@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 
 from ft_jax import calibrate, gated, parallel, recipe, registry, tree, updates
 from ft_jax.data import pipeline, prompts
-from ft_jax.errors import UserError, nearest
+from ft_jax.errors import Stopped, UserError, nearest
 from ft_jax.io import hf, tokenizer
 from ft_jax.io.runs import Run
 from ft_jax.kernels import mixture, parse_rule
 from ft_jax.models import extend
 from ft_jax.objectives import data_of, terms
-from ft_jax.progress import Best, Clock
+from ft_jax.progress import Best, Clock, Stop
 
 # Every key a train config may hold, with its default; configs/train.py says what each one means.
 DEFAULTS = {
@@ -283,10 +283,11 @@ def _start(cfg, run, parts):
     size = _bytes(trainable)
     run.need_space((size + _bytes(opt_state)) * (cfg["save"]["keep"] + 1) + 2 * size)
     meta = {"recipe": {**recipe.of_config(cfg), "fingerprint": parts["fingerprint"]}, "best": None, "stale": 0}
-    step = run.latest("checkpoints") or 0
-    if step:
-        recipe.check_base(cfg["model"]["path"], parts["fingerprint"], run.meta("checkpoints")["recipe"]["fingerprint"])
-        items, meta = run.restore("checkpoints", {"trainable": trainable, "opt_state": opt_state})
+    step = 0
+    if run.latest("checkpoints"):
+        path, found = cfg["model"]["path"], parts["fingerprint"]
+        step, items, meta = run.restore("checkpoints", {"trainable": trainable, "opt_state": opt_state},
+                                        lambda meta: recipe.check_base(path, found, meta["recipe"]["fingerprint"]))  # fmt: skip
         trainable, opt_state = items["trainable"], items["opt_state"]
     run.rewind_metrics(step)
     step = parallel.shard(jnp.asarray(step, jnp.int32), parts["mesh"])
@@ -307,7 +308,7 @@ def _train(cfg, run, parts, label):
     batches = pipeline.prefetch(pipeline.batches(data["train"], cfg["batch_size"], cfg["seed"], **rows), first)
     bar = tqdm(total=cfg["steps"], initial=first, desc=label, unit="step", dynamic_ncols=True)
     stopped = 0 < cfg["eval"]["patience"] <= stale  # by patience, then killed before DONE
-    with bar:
+    with bar, Stop() as stop:
         for step in range(first + 1, first if stopped else cfg["steps"] + 1):
             state, metrics = step_fn(state, frozen, parallel.shard_batch(next(batches), mesh))
             clock.tick(metrics)
@@ -328,12 +329,15 @@ def _train(cfg, run, parts, label):
                     if stale == 0:
                         run.save("best", step, {"trainable": state.trainable}, {**meta, "validation": held})
                 ends = ends or 0 < cfg["eval"]["patience"] <= stale
-            if ends or step % cfg["save"]["every"] == 0:
+            stops = stop.asked(step % cfg["log"]["every"] == 0) and not ends
+            if ends or stops or step % cfg["save"]["every"] == 0:
                 _check_finite(finite, metrics, step, run)
                 meta = {**meta, "best": [best.value, best.step] if best.step else None, "stale": stale}
                 with clock.paused(metrics):
                     run.save("checkpoints", step, {"trainable": state.trainable, "opt_state": state.opt_state}, meta)
             bar.update()
+            if stops:
+                raise Stopped(f"stopped by SIGTERM after step {step}, which is saved in {run.path}; the same command goes on from there")
             if ends:
                 break
 

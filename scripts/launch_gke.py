@@ -126,7 +126,7 @@ def hardware(args):
 
 
 def command(args, training):
-    return [args.python, "/app/scripts/train.py", "--distributed", *training]
+    return [args.python, "/app/scripts/train.py", "--distributed", "--stopped_status=75", *training]
 
 
 def literal(words):

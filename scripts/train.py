@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from ft_jax import parallel, train, tree
 from ft_jax.data import pipeline
-from ft_jax.errors import UserError, cli, nearest, one_line
+from ft_jax.errors import Stopped, UserError, cli, nearest, one_line
 from ft_jax.io import files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its options after a colon.")
@@ -25,6 +25,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same com
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of a cluster before anything else.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0; found out on TPUs and under SLURM.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are; found out likewise.")
+_STOPPED_STATUS = flags.DEFINE_integer("stopped_status", 0, "Exit status after SIGTERM, when what was trained is saved.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's number, from 0; found out likewise.")
 
 
@@ -56,8 +57,12 @@ def main(argv):
         raise UserError(f"--{given[0]} is for a cluster; add --distributed")
     files.local(_WORKDIR.value)  # before it waits for other processes
     silent = _DISTRIBUTED.value and parallel.join_cluster(*(flag.value for flag in cluster)) > 0
-    with _no_progress() if silent else contextlib.nullcontext():
-        summary = train.train(_CONFIG.value, _WORKDIR.value)
+    try:
+        with _no_progress() if silent else contextlib.nullcontext():
+            summary = train.train(_CONFIG.value, _WORKDIR.value)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(_STOPPED_STATUS.value)
     if not silent:
         print(json.dumps(summary, indent=1))
 

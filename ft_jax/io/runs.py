@@ -1,24 +1,31 @@
 """A run on disk: ``workdir/{config.json, metrics.jsonl, tensorboard/, checkpoints/, best/, DONE}``.
 
-With methods that start from data or from other runs also ``start.safetensors``: the arrays that they began with.
+With methods that start from data or from other runs also ``start.safetensors``: the arrays that they began with. Of several
+processes the first one writes what is not a checkpoint; checkpoints are written by all.
 """
 
+import fcntl
 import functools
 import json
 import os
 import shutil
+import socket
+import sys
 import tempfile
 import time
+import zlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from ft_jax import recipe as recipes
 from ft_jax import tree
-from ft_jax.errors import UserError, disk_full
+from ft_jax.errors import UserError, disk_full, one_line
 from ft_jax.io import files, safetensors
 
 OVERHEAD = 300_000  # bytes that a checkpoint of the smallest tree takes: metadata, indices, a block for each file
@@ -42,18 +49,43 @@ class Run:
         self.path = files.local(workdir).resolve()
         self.config = json.loads(json.dumps(config))
         self._keep, self._wants_tensorboard = keep, tensorboard
+        self._first = jax.process_index() == 0
         self._check()
 
     def begin(self, start=None):
-        """Makes the folder and notes the config; nothing is written before, so a config at fault leaves no trace.
+        """Makes the folder, takes it and notes the config; nothing is written before, so a config at fault leaves no trace.
 
         start: what `recipe.started` gave; kept, so that the run can be rebuilt without the data or runs that it came from.
+        Raises UserError when another process has the folder.
         """
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"begin {self.path}")  # all have looked at the folder before one writes to it
+        if not self._first:
+            return
         files.make_folder(self.path)
+        self._take()
         if start and not self.start:
             safetensors.save(self.path, sorted(start.items()), stem="start")
         if not (self.path / "config.json").exists():
             files.write_json(self.path / "config.json", self.config)
+
+    def _take(self):
+        """Locks the folder until `close` or the process's end, however it comes."""
+        if "_lock" in self.__dict__:
+            return
+        file = open(self.path / "LOCK", "a+")  # noqa: SIM115 (held as long as the run)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"workdir {self.path} is in use by {file.read().strip() or 'another process'}; "
+                            "wait for it, stop it, or choose another --workdir") from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._lock = file
 
     @functools.cached_property
     def _managers(self):
@@ -67,15 +99,17 @@ class Run:
     @functools.cached_property
     def _events(self):
         # Not SummaryWriter: its thread dies silently on a full disk, and the training then waits for it for ever.
+        if not self._wants_tensorboard:
+            return None
         folder = files.make_folder(self.path / "tensorboard")
-        return EventsWriter(str(folder / "events"), f".{time.time_ns()}") if self._wants_tensorboard else None
+        return EventsWriter(str(folder / "events"), f".{time.time_ns()}")
 
     def _check(self):
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"workdir {self.path} is a file, not a folder")
         file = self.path / "config.json"
         if not file.exists():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(f.name != "LOCK" for f in self.path.iterdir()):
                 raise UserError(f"workdir {self.path} is not empty and holds no run; choose another --workdir")
             return
         try:
@@ -99,13 +133,17 @@ class Run:
         return json.loads(done.read_text()) if done.exists() else None
 
     def finish(self, summary):
-        files.write_json(self.path / "DONE", summary)
+        if self._first:
+            files.write_json(self.path / "DONE", summary)
 
     def close(self):
         for manager in self.__dict__.pop("_managers", {}).values():
             manager.close()
         if events := self.__dict__.pop("_events", None):
             events.close()
+        if lock := self.__dict__.pop("_lock", None):
+            (self.path / "LOCK").unlink(missing_ok=True)
+            lock.close()
 
     def need_space(self, num_bytes):
         """UserError when the disk cannot take ``num_bytes`` of checkpoints beside what the run already wrote."""
@@ -117,6 +155,8 @@ class Run:
 
     def log(self, step, metrics):
         metrics = {k: float(v) for k, v in metrics.items()}
+        if not self._first:
+            return
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._events:
@@ -131,6 +171,8 @@ class Run:
 
     def rewind_metrics(self, step):
         """Drops the rows after ``step``, which the resumed run writes again; TensorBoard is told to hide its own."""
+        if not self._first:
+            return
         rows = [row for row in self.metrics() if row["step"] <= step]
         files.write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         if step and self._events:
@@ -141,9 +183,11 @@ class Run:
         manager = self._managers[name]
         if step in manager.all_steps():
             return
-        trees = {item: ocp.args.StandardSave(tree.flatten(value)) for item, value in items.items()}
-        self._reserve(sum(x.nbytes for x in jax.tree.leaves(items)))
-        manager.save(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonSave(json.loads(json.dumps(meta)))))
+        flat = {item: tree.flatten(value) for item, value in items.items()}
+        self._reserve(sum(x.nbytes for x in jax.tree.leaves(flat)))
+        held = {"meta": json.loads(json.dumps(meta)), "sums": {item: _sums(value) for item, value in flat.items()}}
+        trees = {item: ocp.args.StandardSave(value) for item, value in flat.items()}
+        manager.save(step, args=ocp.args.Composite(**trees, meta=ocp.args.JsonSave(held)))
 
     def _reserve(self, num_bytes):
         """Takes the space of a checkpoint and gives it back: a full disk or a limit is met here, not halfway through."""
@@ -157,29 +201,64 @@ class Run:
     def latest(self, name):
         return self._managers[name].latest_step()
 
-    def restore(self, name, templates):
-        """({item: tree like its template, on its shardings}, meta) of the newest step saved under ``name``."""
-        manager = self._managers[name]
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{self.path / name} holds no checkpoint")
+    def restore(self, name, templates, check=lambda meta: None):
+        """The newest checkpoint under ``name`` that is whole: ``(step, {item: tree like its template, on its shardings}, meta)``.
+
+        One that is damaged is said on stderr and put aside as ``damaged-STEP``. check: called with the meta first, may refuse.
+        Raises UserError where there is none, or where all are damaged; those are left as they are.
+        """
+        manager, damaged = self._managers[name], {}
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                found = self._read(manager, step, templates, check)
+            except (UserError, MemoryError):
+                raise
+            except Exception as error:  # whatever the readers of a damaged file happen to meet
+                damaged[step] = one_line(error) or type(error).__name__
+                continue
+            for bad, why in damaged.items():
+                print(f"{self.path / name}: the checkpoint of step {bad} is damaged ({why[:200]}); going on from that of step {step}", file=sys.stderr)
+                if self._first:
+                    (self.path / name / str(bad)).rename(self.path / f"damaged-{name}-{bad}-{time.time_ns()}")
+            if damaged:
+                manager.reload()
+            return step, *found
+        if damaged:
+            step, why = next(iter(damaged.items()))
+            raise UserError(f"{self.path / name}: no checkpoint can be read; that of step {step}: {why[:300]}")
+        raise UserError(f"{self.path / name} holds no checkpoint")
+
+    def _read(self, manager, step, templates, check):
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        check(meta["meta"])
         flat = {item: tree.flatten(value) for item, value in templates.items()}
-        wanted = {
-            item: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, value))
-            for item, value in flat.items()
-        }
-        found = manager.restore(step, args=ocp.args.Composite(**wanted, meta=ocp.args.JsonRestore()))
-        restored = {
+        wanted = {item: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, value)) for item, value in flat.items()}
+        found = manager.restore(step, args=ocp.args.Composite(**wanted))
+        for item in templates:
+            if odd := [path for path, total in _sums(found[item]).items() if total != meta["sums"][item].get(path, total)]:
+                raise ValueError(f"the numbers of {item} {odd[0]} are not those that were saved")
+        return {
             item: jax.tree.unflatten(jax.tree.structure(value), [found[item][path] for path in flat[item]])
             for item, value in templates.items()
-        }
-        return restored, found["meta"]
+        }, meta["meta"]
 
     def meta(self, name):
+        """The meta of the newest checkpoint under ``name`` whose meta can be read."""
         manager = self._managers[name]
-        if manager.latest_step() is None:
-            raise UserError(f"{self.path / name} holds no checkpoint")
-        return manager.restore(manager.latest_step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        for step in sorted(manager.all_steps(), reverse=True):
+            try:
+                return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]["meta"]
+            except Exception as error:
+                failed = one_line(error)
+        if manager.all_steps():
+            raise UserError(f"{self.path / name}: no checkpoint can be read: {failed[:300]}")
+        raise UserError(f"{self.path / name} holds no checkpoint")
+
+
+def _sums(arrays):
+    """``{path: CRC-32 of the numbers}`` of what this process holds whole: nothing of an array that is spread over several."""
+    return {path: zlib.crc32(np.ascontiguousarray(x).view(np.uint8).reshape(-1)) for path, x in arrays.items()
+            if getattr(x, "is_fully_addressable", True)}  # fmt: skip
 
 
 def load_run(workdir, which="best", base=None):
@@ -198,7 +277,7 @@ def load_run(workdir, which="best", base=None):
         recipe = run.meta(name)["recipe"]
         model, params, mask, _ = recipes.build(recipe, base, start=run.start)
         trainable, frozen = tree.split(params, mask)
-        restored, _ = run.restore(name, {"trainable": trainable})
+        _, restored, _ = run.restore(name, {"trainable": trainable})
     finally:
         run.close()
     return model, tree.join(restored["trainable"], frozen), recipe

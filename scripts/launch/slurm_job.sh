@@ -16,7 +16,7 @@ if [ "$per" = node ]; then
   export JAX_LOCAL_DEVICE_IDS
 fi
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi # srun does not take it over
-step=(srun --kill-on-bad-exit=1 --gpu-bind=none "$python" scripts/train.py --distributed "$@")
+step=(srun --kill-on-bad-exit=1 --gpu-bind=none "$python" scripts/train.py --distributed --stopped_status=75 "$@")
 if [ -n "${opt[dry-run]}" ]; then
   if [ "$per" = node ]; then echo "export JAX_LOCAL_DEVICE_IDS=$JAX_LOCAL_DEVICE_IDS"; fi
   run "${step[@]}"

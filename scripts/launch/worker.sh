@@ -60,7 +60,7 @@ case $1 in
     ;;
   run)
     status=0
-    .venv/bin/python scripts/train.py --distributed "${@:2}" || status=$?
+    .venv/bin/python scripts/train.py --distributed --stopped_status=75 "${@:2}" || status=$?
     echo "$status" > log/status.new
     mv log/status.new log/status
     ;;

@@ -59,7 +59,7 @@ def test_tpu_slices(applied):
     assert container["volumeMounts"] == [{"name": pod["volumes"][0]["name"], "mountPath": "/mnt/runs"}]
     # Kubernetes reads $$( as $(; all else reaches the training as it was written
     given = [word.replace("$$(", "$(") for word in container["command"]]
-    assert given == ["python", "/app/scripts/train.py", "--distributed", *TRAINING] and "$$(HOME)" in container["command"][-1]
+    assert given == ["python", "/app/scripts/train.py", "--distributed", "--stopped_status=75", *TRAINING] and "$$(HOME)" in container["command"][-1]
     # a mistake in the options ends everything, anything else starts again
     assert job["podFailurePolicy"]["rules"][0] == {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}
     assert manifest["spec"]["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
@@ -87,7 +87,7 @@ def test_xpk(launch, stubs):
     (call,) = stubs.calls()
     assert shlex.split(dry.stdout) == call and call[:3] == ["xpk", "workload", "create"] and "--num-slices=2" in call
     command = next(word for word in call if word.startswith("--command=")).removeprefix("--command=")
-    assert shlex.split(command) == ["python", "/app/scripts/train.py", "--distributed", *TRAINING]
+    assert shlex.split(command) == ["python", "/app/scripts/train.py", "--distributed", "--stopped_status=75", *TRAINING]
 
 
 def test_bad_options(launch, stubs):

@@ -41,7 +41,7 @@ def test_a_dry_run_prints_what_a_real_one_does(launch, stubs, options, tasks, en
     (step,) = stubs.calls()
     assert printed == [*call, *(["export", *environment] if environment else []), *step]
     assert f"--ntasks-per-node={tasks}" in call and "--gpus-per-node=4" in call and f"--chdir={stubs.repo}" in call
-    assert step[-len(TRAINING) - 2 :] == ["scripts/train.py", "--distributed", *TRAINING] and "--gpu-bind=none" in step
+    assert step[-len(TRAINING) - 3 :] == ["scripts/train.py", "--distributed", "--stopped_status=75", *TRAINING] and "--gpu-bind=none" in step
     assert sorted((stubs.home / "environment").read_text().splitlines()) == sorted(
         [*environment, "SRUN_CPUS_PER_TASK=12"])
     for option in options:

@@ -65,7 +65,7 @@ def test_a_dry_run_prints_what_a_real_one_does(launch, stubs, options, answers):
     assert wanted.count("--spot") == 1 and wanted.count("--project=my-project") == wanted.count("gcloud")
     # what reached the workers: the code, the packages, the prepared disk, and every word as it was written here
     trained = stubs.calls(file="trained")
-    assert sorted(trained) == [[worker, "scripts/train.py", "--distributed", *TRAINING] for worker in WORKERS]
+    assert sorted(trained) == [[worker, "scripts/train.py", "--distributed", "--stopped_status=75", *TRAINING] for worker in WORKERS]
     for worker in WORKERS:
         assert (stubs.home / worker / "ft_jax" / "a disk").exists()
         assert (stubs.home / worker / "ft_jax/requirements.txt").read_text() == (ROOT / "requirements.txt").read_text()

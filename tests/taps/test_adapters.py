@@ -193,7 +193,7 @@ def test_a_checkpoint_gives_every_tap_back_bit_for_bit(tmp_path):
     items = {"trainable": trainable, "frozen": frozen}
     run = runs.Run(tmp_path / "run", {}, tensorboard=False)
     run.save("checkpoints", 1, items, {})
-    found, _ = run.restore("checkpoints", jax.tree.map(jnp.zeros_like, items))
+    _, found, _ = run.restore("checkpoints", jax.tree.map(jnp.zeros_like, items))
     run.close()
     safetensors.save(tmp_path, tree.flatten(params).items())
     read = load_file(tmp_path / "model.safetensors")

@@ -215,7 +215,7 @@ def test_checkpoints_give_every_tap_back_bit_for_bit(tmp_path):
     items = {name: halves[0] for name, halves in made.items()}
     run = runs.Run(tmp_path / "run", {}, tensorboard=False)
     run.save("checkpoints", 1, items, {})
-    found, _ = run.restore("checkpoints", jax.tree.map(jnp.zeros_like, items))
+    _, found, _ = run.restore("checkpoints", jax.tree.map(jnp.zeros_like, items))
     run.close()
     for name, (trainable, frozen) in made.items():
         assert_trees_close(found[name], trainable, rtol=0)
