@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from ft_jax import flops, hlo, kernels, parallel, recipe, train, tree
-from ft_jax.errors import UserError, nearest
+from ft_jax.errors import UserError, nearest, one_line
 from ft_jax.io import hf
 from ft_jax.models import Model, config_from_hf
 
@@ -138,10 +138,27 @@ def on(shapes, mesh):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, parallel.shardings(shapes, mesh))
 
 
+class TooLarge(UserError):
+    """A step whose compiler found no way to fit it into a chip; ``bytes``: what the least of its ways would take, if it said so."""
+
+    def __init__(self, text):
+        said = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", text)
+        scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        self.bytes = float(said[1]) * scale[said[2]] if said else None
+        super().__init__(f"the step does not fit a chip: {said[0] if said else text[:200]}; take more chips, --mesh=tensor=…, a smaller "
+                         "--batch, --remat=full or --accumulate")  # fmt: skip
+
+
 def compiled(plan):
-    """The compiled step: the state donated and kept where it is, the frozen half an argument alone."""
+    """The compiled step: the state donated and kept where it is, the frozen half an argument alone. TooLarge where it fits no chip."""
     kept = jax.tree.map(lambda x: x.sharding, plan.state)
-    return jax.jit(plan.step, donate_argnums=0, out_shardings=(kept, None)).lower(plan.state, plan.frozen, plan.batch).compile()
+    lowered = jax.jit(plan.step, donate_argnums=0, out_shardings=(kept, None)).lower(plan.state, plan.frozen, plan.batch)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TooLarge(one_line(error)) from None
 
 
 def model_flops(plan):
@@ -160,19 +177,27 @@ def model_flops(plan):
     return 2 * (forward - attention) + share * (forward - attention) + 3 * attention
 
 
-def report(plan, program, topology):
-    """What a compiled plan needs and would take: a JSON-able dict. Times are bounds from the chip's peaks, in seconds."""
-    memory, text, chips = program.memory_analysis(), program.as_text(), plan.mesh.size
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    flat = plan.mesh.devices.flatten()
-    slices = [getattr(d, "slice_index", 0) for d in flat]
-    rows = hlo.collectives(text, slices if len(set(slices)) > 1 else None)
-    counted = flops.count(plan.step, plan.state, plan.frozen, plan.batch)
-    out = {
-        "topology": topology, "chips": chips, "slices": len(set(slices)), "mesh": dict(plan.mesh.shape),
+def sizes(plan, topology):
+    """What is known of a plan before it is compiled: a JSON-able dict. FLOPs are of one chip."""
+    chips, counted = plan.mesh.size, flops.count(plan.step, plan.state, plan.frozen, plan.batch)
+    return {
+        "topology": topology, "chips": chips, "slices": len(set(_slices(plan))), "mesh": dict(plan.mesh.shape),
         "parameters": tree.count(plan.state.trainable) + tree.count(plan.frozen), "trainable": tree.count(plan.state.trainable),
-        "tokens": int(np.prod(plan.batch["input_ids"].shape)), "bytes_held": held, "bytes_temporary": memory.temp_size_in_bytes,
-        "bytes": held + memory.temp_size_in_bytes, "flops": counted / chips, "model_flops": model_flops(plan) / chips,
+        "tokens": int(np.prod(plan.batch["input_ids"].shape)), "flops": counted / chips, "model_flops": model_flops(plan) / chips,
+    }  # fmt: skip
+
+
+def _slices(plan):
+    return [getattr(d, "slice_index", 0) for d in plan.mesh.devices.flatten()]
+
+
+def report(plan, program, topology):
+    """What a compiled plan needs and would take: `sizes` and the program's own. Times are bounds from the chip's peaks, in seconds."""
+    memory, text, slices = program.memory_analysis(), program.as_text(), _slices(plan)
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    rows = hlo.collectives(text, slices if len(set(slices)) > 1 else None)
+    out = sizes(plan, topology) | {
+        "bytes_held": held, "bytes_temporary": memory.temp_size_in_bytes, "bytes": held + memory.temp_size_in_bytes,
         "bytes_moved": hlo.moved(text), "collectives": rows,
         "collective_bytes": sum(r["bytes"] for r in rows if not r["across"]), "network_bytes": sum(r["bytes"] for r in rows if r["across"]),
     }  # fmt: skip

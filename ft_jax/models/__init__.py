@@ -72,6 +72,17 @@ class Model:
         out, seen = self._module(capture).apply({"params": params}, inputs, rng, targets)
         return (out, seen) if capture else out
 
+    def follow(self, params, inputs, cache):
+        """``(logits [B,V] of each row's last token, cache)`` of a language model whose tokens follow those that the cache holds.
+
+        Raises UserError for taps that read or extend the whole sequence, which a cache does not keep.
+        """
+        if odd := sorted({"prompt", "pool", "side"} & set(params.get("taps", {}))):
+            raise UserError(f"taps at {', '.join(odd)} work on a whole sequence, and generation with a cache goes token by token")
+        if self.config.head != "lm":
+            raise UserError(f"generation needs a decoder with head 'lm', and this {self.config.family} model has {self.config.head!r}")
+        return self._module().apply({"params": route(params, inputs.get("tasks"))}, inputs, cache=cache)
+
     def with_head(self, head, num_labels=None, label_ids=None, mask_id=None):
         return dataclasses.replace(self, config=self.config.with_head(head, num_labels, label_ids, mask_id))
 

@@ -52,13 +52,13 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, context, per_layer, rng):
-        c, (allowed, distance, cos, sin), (window, given) = self.config, context, per_layer
+        c, (allowed, distance, cos, sin), ((window, held), given) = self.config, context, per_layer
         given = given or {}
         tap, prefix = L.Tapped(L.taps_of(self), self.capture, self.skip, given.get("pool")), given.get("prefix")
         if window is not None:
             allowed = allowed & ((window == 0) | (distance < window))
         y = tap("attn_in", L.RMSNorm(c.norm_eps, name="attn_norm")(x))
-        x = self.joined("attn_out", x, Attention(c, self.shares, name="attn")(y, allowed, cos, sin, prefix, tap, rng), tap)
+        x = self.joined("attn_out", x, Attention(c, self.shares, name="attn")(y, allowed, cos, sin, prefix, held, tap, rng), tap)
         y = GatedMLP(c, name="mlp")(tap("ffn_in", L.RMSNorm(c.norm_eps, name="mlp_norm")(x)), tap)
         if c.hidden_dropout and rng is not None:  # no published model has it: `importance.disagreement` asks for it
             y = L.dropout(y, c.hidden_dropout, jax.random.fold_in(rng, 1))
@@ -75,7 +75,7 @@ class Attention(nn.Module):
     shares: int = 1
 
     @nn.compact
-    def __call__(self, x, allowed, cos, sin, prefix, tap, rng):
+    def __call__(self, x, allowed, cos, sin, prefix, held, tap, rng):
         c = self.config
         heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
         q, k, v = (
@@ -84,7 +84,11 @@ class Attention(nn.Module):
         )
         if c.qk_norm:
             q, k = (L.RMSNorm(c.norm_eps, name=f"{n}_norm")(y) for n, y in (("q", q), ("k", k)))
-        k, v, allowed = extend.before_tokens(prefix, L.rotate(k, cos, sin), v, allowed)
+        k = L.rotate(k, cos, sin)
+        if held is not None:  # keys and values of the tokens before, [b,s,kv heads,h] each
+            tap.seen["cache"] = k, v
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(held, (k, v), strict=True))
+        k, v, allowed = extend.before_tokens(prefix, k, v, allowed)
         y = L.attend(L.rotate(q, cos, sin), k, v, allowed, c.attention_dropout, rng, self.shares)
         return L.Dense(c.hidden_size, c.out_bias, name="out")(tap("heads", y.reshape(*x.shape[:2], -1)))
 
@@ -118,7 +122,10 @@ def lm_logits(head, x):
 
 
 class Decoder(nn.Module):
-    """Logits, embeddings or hidden states of a batch, by ``config.head``; its score against ``targets`` where they are given."""
+    """Logits, embeddings or hidden states of a batch, by ``config.head``; its score against ``targets`` where they are given.
+
+    With a ``cache`` (`sampling.empty`) the tokens follow those that it holds: the logits of the last one, and the cache with them.
+    """
 
     config: ModelConfig
     dtype: Any = jnp.float32
@@ -127,7 +134,7 @@ class Decoder(nn.Module):
     mesh: Any = None
 
     @nn.compact
-    def __call__(self, inputs, rng=None, targets=None):
+    def __call__(self, inputs, rng=None, targets=None, cache=None):
         c, taps, ids = self.config, L.taps_of(self), inputs["input_ids"]
         skip = extend.lengths(taps)[0]
         tap, last = L.Tapped(taps, self.capture, skip), L.Tapped(taps, self.capture)
@@ -143,16 +150,36 @@ class Decoder(nn.Module):
         given = extend.for_layers(taps, x[:, skip:], real)
         windows = jnp.asarray(c.windows, jnp.int32) if any(c.windows) else None
         distance = None if windows is None else extend.distance(taps, positions, "segment_ids" in inputs)
+        if cache is not None:
+            allowed, distance = self.after(cache, allowed, distance, extend.lengths(taps)[1])
         context = (extend.visible(taps, allowed, real, True), distance, *L.rope_tables(c, positions))
         layer = Layer(c, tap.capture, skip, self.mesh.size if self.mesh else 1, parent=None)
         first = None if windows is None else windows[0]
-        stacks = L.stacked_params(self, layer, c.num_layers, x, context, (first, None), None)
-        x, seen = L.run_layers(layer, L.unfolded(stacks, taps), x, context, windows, rng, self.remat, given, self.mesh)
+        stacks = L.stacked_params(self, layer, c.num_layers, x, context, ((first, None), None), None)
+        each = windows, None if cache is None else (cache["k"], cache["v"])
+        x, seen = L.run_layers(layer, L.unfolded(stacks, taps), x, context, each, rng, self.remat, given, self.mesh)
+        if cache is not None:
+            return self.following(L.RMSNorm(c.norm_eps, name="norm")(x[:, -1:]), seen["cache"], real, cache)
         x = last.side(L.RMSNorm(c.norm_eps, name="norm")(x[:, skip:]), {**seen, **tap.seen}, allowed)
         if targets is not None and not last.wants("logits"):
             return scored.cross_entropy(lm_logits, self.lm_head(), x, *targets, c.vocab_size, self.mesh), last.noted
         y = last("logits", L.by_class(c, self.head(x, real), last))
         return (y if targets is None else scored.sums(y, *targets)), last.noted
+
+    def after(self, cache, allowed, distance, prefix):
+        """Who is seen, [B,1,n,s+n], and how far off it is, where s tokens of the cache come before the n of the batch."""
+        n, size = allowed.shape[-1], cache["real"].shape[1]
+        old = jnp.broadcast_to(cache["real"][:, None, None, :], (*allowed.shape[:3], size))
+        if distance is not None:
+            own = cache["at"] + jnp.arange(n)
+            distance = own[:, None] - jnp.concatenate([jnp.arange(prefix) - prefix, jnp.arange(size), own])
+        return jnp.concatenate([old, allowed], axis=3), distance
+
+    def following(self, x, new, real, cache):
+        """(logits [B,V] of the last token, the cache with the keys and values of the batch's)."""
+        at, logits = cache["at"], self.head(x, None)[:, 0]
+        k, v = (jax.lax.dynamic_update_slice_in_dim(cache[name], one, at, axis=2) for name, one in zip("kv", new, strict=True))
+        return logits, {"k": k, "v": v, "real": jax.lax.dynamic_update_slice_in_dim(cache["real"], real, at, axis=1), "at": at + real.shape[1]}
 
     def lm_head(self):
         params = self.variables["params"]

@@ -176,7 +176,7 @@ def test_the_scan_is_a_loop_over_layers(family):
     step = jax.jit(lambda p, x, extra: layer.apply({"params": p}, x, context, (extra, None), None)[0])
     x = seen["embed"]
     for i in range(c.num_layers):
-        extra = () if c.kind == "encoder" else jnp.asarray(c.windows[i]) if c.windows else None
+        extra = () if c.kind == "encoder" else (jnp.asarray(c.windows[i]) if c.windows else None, None)
         x = step(jax.tree.map(lambda w, i=i: w[i], params["layers"]), x, extra)
         np.testing.assert_allclose(seen["block_out"][i], x, **CLOSE)
 
