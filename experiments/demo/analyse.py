@@ -91,7 +91,7 @@ def heatmaps(base, params_by_run, path, layer):
 def _loss(model, objective):
     """``(params, batch) -> mean loss`` in evaluation mode."""
     fn = registry.get("objective", objective).fn
-    return lambda params, batch: fn(lambda p, inputs, rng: model.apply(p, inputs), params, batch, None)[0]
+    return lambda params, batch: fn(lambda p, inputs, rng, **of: model.apply(p, inputs, **of), params, batch, None)[0]
 
 
 def _micro(data, examples, micro, seed):

@@ -30,8 +30,8 @@ class Regressor(nn.Module):
         allowed = jnp.broadcast_to(jnp.tril(jnp.ones((n, n), bool)), (b, 1, n, n))
         context = (allowed, None, *L.rope_tables(c, jnp.broadcast_to(jnp.arange(n), (b, n))))
         layer = Layer(c, self.capture, parent=None)
-        stacks = L.stacked_params(self, layer, c.num_layers, x, context, (None, None), None)
-        x, seen = L.run_layers(layer, stacks, x, context, None, None, "none")
+        stacks = L.stacked_params(self, layer, c.num_layers, x, context, ((None, None), None), None)
+        x, seen = L.run_layers(layer, stacks, x, context, (None, None), None, "none")
         return L.Dense(1, name="read_out")(L.RMSNorm(c.norm_eps, name="norm")(x))[..., 0], seen
 
 
