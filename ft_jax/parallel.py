@@ -51,6 +51,11 @@ def join_cluster(coordinator=None, num_processes=None, process_id=None):
     return jax.process_index()
 
 
+def lost(error):
+    """Whether an exception says that another process of the cluster is gone."""
+    return bool(re.search(r"Gloo|heartbeat|[Cc]oordination service|UNAVAILABLE|preempted|Connection (reset|closed)", str(error)))
+
+
 def _number(name, value, variable):
     """``value``, or that of an environment variable, as an int; None where neither is given."""
     value, name = (os.environ.get(variable), variable) if value is None else (value, name)

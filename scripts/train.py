@@ -63,6 +63,12 @@ def main(argv):
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(_STOPPED_STATUS.value)
+    except Exception as error:
+        if not (_DISTRIBUTED.value and parallel.lost(error)):
+            raise
+        print(f"error: another process of this run was lost ({one_line(error)[:160]}); what was saved is intact: start all of them "
+              "again, and they go on from there", file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(1)  # at a usual end JAX waits for the lost one
     if not silent:
         print(json.dumps(summary, indent=1))
 
