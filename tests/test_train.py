@@ -323,7 +323,7 @@ def test_best_and_patience(home, monkeypatch):
     saved, meta = held(home / "patient", "best")
     assert [p.name for p in (home / "patient" / "best").iterdir()] == ["4"]
     np.testing.assert_array_equal(saved["trainable:head/kernel"], seen[1])
-    assert not np.array_equal(seen[1], seen[3]) and meta["validation"]["accuracy"] == 0.7
+    assert not np.array_equal(seen[1], seen[3]) and meta["meta"]["validation"]["accuracy"] == 0.7
     # Killed after its last checkpoint and before DONE: nothing is left to do.
     (home / "patient" / "DONE").unlink()
     monkeypatch.setattr(train, "make_step", lambda *a: lambda *b: pytest.fail("trained on after patience ran out"))
