@@ -11,7 +11,7 @@ FORGOT = {
     "causal_lm": "the rise of the next-token loss on novel passages (nats)",
 }
 COLUMNS = [
-    ("method", "method"), ("family", "family"), ("loss", "loss"), ("accuracy", "accuracy"), ("forgetting", "forgetting"), ("ece", "ECE"), ("rate", "learning rate"),
+    ("method", "method"), ("family", "family"), ("loss", "loss"), ("paired", "loss − full's"), ("accuracy", "accuracy"), ("forgetting", "forgetting"), ("ece", "ECE"), ("rate", "learning rate"),
     ("trained", "trained (%)", ".3f"), ("changed", "changed (%)", ".2f"), ("bytes", "optimiser (MB)", ".3f"), ("flops", "FLOPs / full", ".2f"), ("time", "time / full", ".2f"),
     ("i5", "intruders, ε = .5", ".1f"), ("i9", "ε = .9", ".1f"), ("erank", "effective rank", ".1f"), ("norm", "‖ΔW‖", ".2f"),
 ]  # fmt: skip
@@ -19,10 +19,16 @@ COLUMNS = [
 
 def rows(base, found):
     """A row a method that reached its end, least loss first."""
-    return sorted((row for method, value in found.items() if (row := _row(base, method, value))), key=lambda r: r["key"])
+    full = _losses(found["full"]) if "full" in found else {}
+    return sorted((row for method, value in found.items() if (row := _row(base, full, method, value))), key=lambda r: r["key"])
 
 
-def _row(base, method, value):
+def _losses(value):
+    """``{seed: loss}``; runs of one seed see the same batches."""
+    return {r["seed"]: r["scores"]["task"]["loss"] for r in value["runs"] if "failed" not in r}
+
+
+def _row(base, full, method, value):
     runs = [r for r in value["runs"] if "failed" not in r]
     if not runs:
         return None
@@ -35,12 +41,16 @@ def _row(base, method, value):
         values = [get(r) for r in runs if get(r) is not None]
         return float(np.mean(values)) if values else None
 
+    paired = [loss - full[seed] for seed, loss in _losses(value).items() if seed in full]
+    changed = next((r["spectra"] for r in runs if "spectra" in r), None)
+
     def spectra(key, i=None):
-        return mean(lambda r: r["spectra"][key] if i is None or r["spectra"][key] is None else r["spectra"][key][i])
+        found = changed and changed[key]
+        return found if i is None or found is None else found[i]
 
     return {
         "method": method, "family": METHODS[method][0], "key": float(np.mean(losses)), "forgot": float(np.mean(forgot)), "seeds": len(runs),
-        "loss": spread(losses), "accuracy": spread(right), "forgetting": spread(forgot, "+.3f").replace("± +", "± "), "ece": mean(lambda r: r["scores"]["task"]["ece"]),
+        "loss": spread(losses), "paired": spread(paired, "+.3f").replace("± +", "± "), "accuracy": spread(right), "forgetting": spread(forgot, "+.3f").replace("± +", "± "), "ece": mean(lambda r: r["scores"]["task"]["ece"]),
         "rate": f"{value['rate']:g}{' *' if edge else ''}",
         "trained": 100 * mean(lambda r: r["trainable_parameters"] / r["total_parameters"]), "changed": 100 * mean(lambda r: r["changed"]),
         "bytes": mean(lambda r: r["optimizer_bytes"]) / 1e6,
@@ -92,11 +102,12 @@ def build(context, found):
             continue
         lost = [m for m, v in found[name].items() if not any(r["method"] == m for r in table)]
         how = (f"{len(table)} methods, {task.steps} steps of {task.batch_size}, {len(task.seeds)} seeds. Every method tried the learning rates "
-               f"{', '.join(f'{r:g}' for r in task.rates)} (SGD's a hundred times as large) with another seed for {task.tuning_steps} steps, and took the one of the "
-               f"least validation loss; a star: the best one is at an end. The base model's loss is {base['task']['loss']:.3f}, its accuracy "
+               f"{', '.join(f'{r:g}' for r in task.rates)} (SGD's a hundred times as large) with the first seed, and took the one of the least validation loss "
+               f"for the others too; a star: the best one is at an end. Scores are of test data. Runs of one seed see the same batches, so the difference "
+               f"from full fine-tuning's loss is taken seed by seed. Spectra are the first seed's. The base model's loss is {base['task']['loss']:.3f}, its accuracy "
                f"{base['task']['accuracy']:.3f}, its ECE {base['task']['ece']:.3f}. The table begins with the least loss, which tells methods apart where so few "
                f"examples leave accuracies within their spread. "
-               f"Forgetting is {FORGOT[task.objective]}. Time is that of a step over one of full fine-tuning, in turn on the same machine. "
+               f"Forgetting is {FORGOT[task.objective]}. Time is that of a step over one of full fine-tuning, the least of each, in turn on the same machine. "
                "A mask that picks single weights keeps optimiser state for the leaves that it picks from: read what trains as what changed.")  # fmt: skip
         blocks = [how, _scatter(task, table, base), page.table(table, COLUMNS, f"{task.line}: click a heading to sort by it.", sortable=True)]
         if lost:

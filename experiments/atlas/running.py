@@ -1,10 +1,8 @@
 """The runs of the atlas: rates tried, seeds trained at the best one, what a step costs, what became of the weights."""
 
-import dataclasses
 import functools
 import math
 import shutil
-import statistics
 import time
 
 import jax
@@ -70,23 +68,25 @@ def scores(context, task):
 
 
 def method(context, name, task, row):
-    """Everything of one method on one task: rates tried, the runs at the best rate, what a step costs."""
-    folder = context.workdir / "runs" / f"{name}-{row}"
-    tried = _tried(context, task, row, folder)
+    """Everything of one method on one task: rates tried with the first seed, the other seeds at the best, what a step costs."""
+    folder, (first, *others) = context.workdir / "runs" / f"{name}-{row}", task.seeds
+    done = population.train({f"rate{i}": config(context, task, row, first, r) for i, r in enumerate(rates(task, row))}, folder / "rates",
+                            label=f"{row}: rates")  # fmt: skip
+    tried = [_tried(rate, summary) for rate, summary in zip(rates(task, row), done.values(), strict=True)]
     finite = [t for t in tried if t["loss"] is not None]
     if not finite:
         return {"method": METHODS[row][1], "tried": tried, "rate": None, "runs": [], "cost": None}
-    best = min(finite, key=lambda t: t["loss"])["rate"]
-    done = population.train({f"seed{s}": config(context, task, row, s, best) for s in task.seeds}, folder / "seeds", label=f"{row}: seeds")
-    world = open_world(context, task)
-    runs = []
-    for run, summary in done.items():
+    best = min(finite, key=lambda t: t["loss"])
+    chosen = f"rate{tried.index(best)}"
+    more = population.train({f"seed{s}": config(context, task, row, s, best["rate"]) for s in others}, folder / "seeds", label=f"{row}: seeds")
+    world, runs = open_world(context, task), []
+    for seed, run, summary in [(first, folder / "rates" / chosen, done[chosen]), *((s, folder / "seeds" / f"seed{s}", more[f"seed{s}"]) for s in others)]:
         if "failed" in summary:
-            runs.append({"seed": int(run[4:]), "failed": summary["failed"]})
+            runs.append({"seed": seed, "failed": summary["failed"]})
             continue
-        _, params, _ = load_run(folder / "seeds" / run, which="last")
-        runs.append({"seed": int(run[4:]), **{k: summary[k] for k in KEPT}, **world.measure(params)})
-    found = {"method": METHODS[row][1], "tried": tried, "rate": best, "runs": runs, "cost": cost(context, task, row, best)}
+        _, params, _ = load_run(run, which="last")
+        runs.append({"seed": seed, **{k: summary[k] for k in KEPT}, **world.measure(params, seed == first)})
+    found = {"method": METHODS[row][1], "tried": tried, "rate": best["rate"], "runs": runs, "cost": cost(context, task, row, best["rate"])}
     shutil.rmtree(folder)  # what stays of the runs is what this part holds
     return found
 
@@ -96,13 +96,10 @@ def rates(task, row):
     return tuple(r * (SLOWER if method_of(METHODS[row][1])[1].get("name") in SLOW else 1.0) for r in task.rates)
 
 
-def _tried(context, task, row, folder):
-    """``[{rate, loss}]`` on validation data, one seed that no reported run has; loss None where the run diverged."""
-    seed, short = max(task.seeds) + 1, dataclasses.replace(task, steps=task.tuning_steps)
-    configs = {f"rate{i}": config(context, short, row, seed, rate) for i, rate in enumerate(rates(task, row))}
-    done = population.train(configs, folder / "rates", label=f"{row}: rates")
-    return [{"rate": rate, "loss": None if "failed" in s else s["validation"]["loss"], "accuracy": s.get("validation", {}).get("accuracy")}
-            for rate, s in zip(rates(task, row), done.values(), strict=True)]  # fmt: skip
+def _tried(rate, summary):
+    """``{rate, loss, accuracy}`` on validation data; loss None where the run diverged."""
+    held = summary.get("validation", {})
+    return {"rate": rate, "loss": held.get("loss"), "accuracy": held.get("accuracy")}
 
 
 # What a step costs
@@ -124,7 +121,7 @@ def _full_step(context, task):
 
 
 def cost(context, task, row, rate):
-    """FLOPs of a compiled step, and its time over that of full fine-tuning, their steps timed in turn (median)."""
+    """FLOPs of a compiled step, and its time over that of full fine-tuning, their steps timed in turn (the least of each, which others on the machine disturb least)."""
     own, full = _step(context, task, row, rate), _full_step(context, task)
     times = {0: [], 1: []}
     for i in range(2 * (CLOCKED + 1)):
@@ -132,7 +129,7 @@ def cost(context, task, row, rate):
         started = time.perf_counter()
         jax.block_until_ready(step(*arguments))
         times[i % 2].append(time.perf_counter() - started)
-    mine, theirs = (statistics.median(times[i][1:]) for i in (0, 1))
+    mine, theirs = (min(times[i][1:]) for i in (0, 1))
     flops = [step.cost_analysis()["flops"] for step, *_ in (own, full)]
     return {"flops": flops[0], "flops_of_full": flops[0] / flops[1], "time_of_full": mine / theirs}
 
@@ -172,10 +169,12 @@ class World:
             return {"task": found, "forgetting": measure.contrastive(self.model, params, self.passages)["loss"]}
         return {"task": found, "forgetting": forgetting.perplexity(self.model.apply, params, self.passages, label="novels")["loss"]}
 
-    def measure(self, params):
+    def measure(self, params, spectra_too):
+        """Scores, the share of weights that changed and, if wanted (seeds matter little to them), the spectra of what changed."""
         # Placed like the base's: a jitted function that has seen one tree is not compiled again for the next.
         dense = jax.tree.map(lambda x: jax.numpy.asarray(np.asarray(x)), merge(params))
-        return {"scores": self.scores(dense), "changed": changed(self.params, dense), "spectra": spectra(self.spectra_base, measure.matrices(dense))}
+        found = {"scores": self.scores(dense), "changed": changed(self.params, dense)}
+        return found | ({"spectra": spectra(self.spectra_base, measure.matrices(dense))} if spectra_too else {})
 
 
 def changed(first, second):

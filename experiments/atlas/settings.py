@@ -27,7 +27,7 @@ METHODS = {
     "CorDA": ("low rank", "corda(rank=8, alpha=8)"),
     "EVA": ("low rank", "eva(rank=8, alpha=16)"),
     "LoRA-GA": ("low rank", "lora_ga(rank=8, alpha=16)"),
-    "DeLoRA": ("low rank", "delora(rank=8)"),
+    "DeLoRA": ("low rank", "delora(rank=8, bound=0.5)"),  # the first step changes W by the bound; the default 15 ends at chance
     "GraLoRA": ("low rank", "gralora(rank=8, alpha=16)"),
     "DEFT": ("low rank", "deft(rank=8)"),
     "PaRa": ("low rank", "para(rank=8)"),
@@ -142,9 +142,8 @@ class Task:
     objective: str
     data: dict
     steps: int
-    tuning_steps: int  # of each learning rate that is tried
     batch_size: int
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # the first one tries the rates
     line: str
     methods: tuple[str, ...] = ()  # names of METHODS; none: all of them, so that a new row is a new part of a finished atlas
     test: tuple[str, int] = ("test", 400)  # split and number of examples
@@ -163,23 +162,23 @@ class Setting:
     tasks: dict[str, Task]
 
 
-IMDB = {"source": "imdb", "max_length": 32, "truncation_side": "left", "num_labels": 2, "limit": 1200, "eval_limit": 120}
-SUBJECTS = {**tasks.settings("subjects"), "max_length": 24, "limit": 1200, "eval_limit": 120}
+IMDB = {"source": "imdb", "max_length": 24, "truncation_side": "left", "num_labels": 2, "limit": 1200, "eval_limit": 120}
+SUBJECTS = {**tasks.settings("subjects"), "max_length": 16, "limit": 1200, "eval_limit": 120}
 SENTENCES = {"source": "winogrande", "max_length": 64, "packing": True, "limit": 1200, "eval_limit": 40, "append_eos": False}
 HALVES = {"source": "lambada", "texts": 96, "words": 36, "batch": 48, "length": 20}
 PASSAGES = {"source": "lambada", "max_length": 72, "eval_limit": 36, "append_eos": False}
-_MINILM = {"model": "minilm", "objective": "classification", "steps": 80, "tuning_steps": 24, "batch_size": 4,
+_MINILM = {"model": "minilm", "objective": "classification", "steps": 48, "batch_size": 8,
            "seeds": (0, 1, 2), "test": ("test", 320), "eval_batch": 40, "forgetting": HALVES}  # fmt: skip
 SUBSET = ("full", "LoRA r=1", "LoRA r=8", "DoRA", "PiSSA", "(IA)³", "QLoRA (NF4)", "BitFit", "LISA")
 SCALES = {
     "smoke": Setting({"imdb": Task(**_MINILM | {
         "data": IMDB | {"limit": 64, "eval_limit": 20, "max_length": 16}, "methods": ("full", "LoRA r=8", "(IA)³", "FISH mask", "full, SGD"),
-        "steps": 4, "tuning_steps": 2, "seeds": (0,), "test": ("test", 40), "forgetting": HALVES | {"texts": 24, "batch": 24}, "scored": 16,
+        "steps": 4, "seeds": (0,), "test": ("test", 40), "forgetting": HALVES | {"texts": 24, "batch": 24}, "scored": 16,
         "rates": (4e-4, 3e-3), "line": "MiniLM on a few film reviews"})}),
     "cpu": Setting({
         "imdb": Task(**_MINILM, data=IMDB, line="all-MiniLM-L6-v2 on the ends of film reviews (IMDB, two classes)"),
         "subjects": Task(**_MINILM, data=SUBJECTS, line="all-MiniLM-L6-v2 on the area of exam questions (MMLU's, four classes)"),
-        "sentences": Task(model="smollm2", objective="causal_lm", data=SENTENCES, methods=SUBSET, steps=24, tuning_steps=8, batch_size=4, seeds=(0, 1),
+        "sentences": Task(model="smollm2", objective="causal_lm", data=SENTENCES, methods=SUBSET, steps=24, batch_size=4, seeds=(0, 1),
                           test=("validation", 60), forgetting=PASSAGES, eval_batch=4, scored=32, rates=RATES[:3],
                           line="SmolLM2-135M-Instruct on WinoGrande as text"),
     }),
@@ -187,10 +186,10 @@ SCALES = {
         "mnli": Task(model="hf:FacebookAI/roberta-base", objective="classification",
                      data={"source": "tfds:glue/mnli", "text_field": "premise", "pair_field": "hypothesis", "num_labels": 3, "max_length": 256,
                            "splits": {"validation": "validation_matched", "test": "validation_mismatched"}, "limit": 100_000, "eval_limit": 2000},
-                     steps=5000, tuning_steps=1000, batch_size=32, seeds=(0, 1, 2), test=("test", 5000), forgetting=HALVES,
+                     steps=5000, batch_size=32, seeds=(0, 1, 2), test=("test", 5000), forgetting=HALVES,
                      eval_batch=64, scored=1024, line="RoBERTa-base on MNLI"),
         "sentences": Task(model="hf:meta-llama/Llama-3.2-1B", objective="causal_lm", data=SENTENCES | {"max_length": 512, "limit": 0, "eval_limit": 500},
-                          steps=1000, tuning_steps=250, batch_size=16, seeds=(0, 1, 2), test=("validation", 500),
+                          steps=1000, batch_size=16, seeds=(0, 1, 2), test=("validation", 500),
                           forgetting=PASSAGES | {"max_length": 256, "eval_limit": 1000}, eval_batch=16, scored=512,
                           line="Llama-3.2-1B on WinoGrande as text"),
     }),

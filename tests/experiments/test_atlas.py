@@ -26,7 +26,7 @@ def done(tmp_path_factory):
     train, held = (str(folders.write_rows(folder / f"{name}.jsonl", folders.reviews(rng, n))) for name, n in (("train", 200), ("held", 60)))
     data = {"source": train, "num_labels": 2, "max_length": 8, "splits": {"validation": held, "test": held}}
     task = settings.Task(
-        model=str(folders.make_model_folder(folder / "bert")), objective="classification", data=data, methods=TRIED, steps=30, tuning_steps=10,
+        model=str(folders.make_model_folder(folder / "bert")), objective="classification", data=data, methods=TRIED, steps=30,
         batch_size=8, seeds=(0, 1), line="tiny", test=("test", 40), forgetting={"source": held, "texts": 24, "words": 6, "batch": 12, "length": 6},
         eval_batch=20, scored=16, rates=(3e-4, 3e-3, 1e30))  # fmt: skip
     setting = settings.Setting({"tiny": task})
