@@ -77,7 +77,7 @@ class Study:
 
 def held(path):
     """What a part's file holds, ``{seconds, value}``, or None while there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+    return files.read_json(path) if path.exists() else None
 
 
 def once(path, make):
@@ -138,7 +138,7 @@ def _same_setting(workdir, setting):
     path, ours = workdir / "setting.json", json.loads(json.dumps(dataclasses.asdict(setting), default=str))
     if not path.exists():
         files.write_json(path, ours)
-    elif (theirs := json.loads(path.read_text())) != ours:
+    elif (theirs := files.read_json(path)) != ours:
         odd = sorted(k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k))
         raise UserError(f"{workdir} holds this study with another setting of {', '.join(odd)}; choose another --workdir")
 

@@ -1,6 +1,6 @@
 """Many runs as one program: members that share a base train under one ``vmap``, their ranks padded with zeros.
 
-A zero column of A and the zero row of B that meets it get zero gradients, and every update of `PADDED` leaves a
+A zero column of A and the zero row of B that meets it get zero gradients, and every update of `stacking.PADDED` leaves a
 zero with zero gradients where it is: so each member is the run it would be alone, up to rounding.
 """
 
@@ -24,11 +24,9 @@ from ft_jax.data import pipeline
 from ft_jax.errors import Stopped, UserError
 from ft_jax.io import files
 from ft_jax.io.runs import Run
-from ft_jax.kernels import LowRank, is_kernel, parse_rule
+from ft_jax.kernels import LowRank
 from ft_jax.progress import Stop
 
-# Updates that see each number of a leaf by itself, and so let ranks be padded with zeros.
-PADDED = ("adamw", "adamw_l1", "lion", "lora_plus", "sgd")
 SMALL_RANK, SPREAD = 64, 8  # ranks up to SMALL_RANK train together; above it the largest is at most SPREAD x the smallest
 
 
@@ -123,7 +121,12 @@ def _prepare(cfg, base, start):
 
 def _companions(run):
     file = run.path / "population.json"
-    return json.loads(file.read_text())["members"] if file.exists() else None
+    if not file.exists():
+        return None
+    names = files.read_json(file).get("members")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: does not say with whom this run began; remove it, and the run goes on by itself")
+    return names
 
 
 def _began_with(run, todo):
@@ -133,10 +136,13 @@ def _began_with(run, todo):
 
 def _groups(members, size):
     """Lists of members that train as one program: those that began so, then the others by what their program is."""
-    begun, fresh = {}, {}
+    begun, fresh, named = {}, {}, {}
     for member in members:
-        names = _companions(member.run)
-        table, key = (begun, tuple(names)) if names else (fresh, (_key(member), max(_saved_steps(member.run), default=0)))
+        if not _saved_steps(member.run):  # killed while it told its members one by one that they begin together
+            named |= dict.fromkeys(_companions(member.run) or (), _companions(member.run))
+    for member in members:
+        names = _companions(member.run) or named.get(member.name)
+        table, key = (begun, tuple(names)) if member.name in (names or ()) else (fresh, (stacking.program_key(member), max(_saved_steps(member.run), default=0)))
         table.setdefault(key, []).append(member)
     out = [sorted(group, key=lambda m, names=names: names.index(m.name)) for names, group in begun.items()]
     for alike in fresh.values():
@@ -148,27 +154,6 @@ def _groups(members, size):
             group.append(member)
         out.append(group)
     return out
-
-
-def _key(member):
-    """What the program of a member is made of, as text: its config but for what may differ, every shape, the batch."""
-    cfg = {k: v for k, v in member.cfg.items() if k not in ("seed", "data")}
-    cfg["optimizer"] = {k: v for k, v in cfg["optimizer"].items() if k != "learning_rate"}
-    rules = [(regex, *parse_rule(rule)) for regex, rule in cfg["method"]["kernels"]]
-    rules = [(regex, name, {k: v for k, v in hp.items() if k not in ("rank", "alpha")}) for regex, name, hp in rules]
-    cfg["method"] = {k: v for k, v in cfg["method"].items() if k != "name"} | {"kernels": rules}
-    padded = cfg["optimizer"]["name"] in PADDED
-    leaves = tree.flatten(member.parts["params"], is_leaf=is_kernel)
-    shapes = {path: _shapes(leaf, padded) for path, leaf in leaves.items()}
-    batch = {k: (v.shape, str(v.dtype)) for k, v in member.parts["data"]["train"].gather([0]).items()}
-    return json.dumps([cfg, shapes, jax.tree.leaves(member.parts["mask"]), batch], sort_keys=True)
-
-
-def _shapes(leaf, padded):
-    """Shapes of a leaf as text; low-rank factors that can be padded without their rank."""
-    if padded and isinstance(leaf, LowRank):
-        return [type(leaf).__name__, _shapes(leaf.base, padded), leaf.a.shape[:-1], leaf.b.shape[-1:]]
-    return str(jax.tree.map(jnp.shape, leaf))
 
 
 # One program
@@ -214,7 +199,7 @@ def _train(members, base, programs, label):
 def _program(programs, members, frozen, carry):
     """(step, evaluate) of a group; groups of one kind and size share them, and what was compiled."""
     first = members[0]
-    key = _key(first), len(members), tuple(frozen.own)
+    key = stacking.program_key(first), len(members), tuple(frozen.own)
     if key not in programs:
         shardings = jax.tree.map(lambda x: x.sharding, carry)
         step = stacking.step_of(first.cfg, first.parts["objective"], frozen.join, shardings)
@@ -298,6 +283,8 @@ def _saved_steps(run):
 def _resume_at(members):
     """The newest step that all members hold; later checkpoints of a save that was cut short are taken away."""
     for member in members:
+        _told(member.name, member.run.take)  # before anything of a run is read that another process may still write
+    for member in members:
         patience = member.cfg["eval"]["patience"]
         stopped = bool(patience and _saved_steps(member.run)) and member.run.meta("checkpoints")["stale"] >= patience
         member.active = not member.failed and not stopped
@@ -307,7 +294,7 @@ def _resume_at(members):
     held = [_saved_steps(m.run) for m in active]
     first = max(set.intersection(*held), default=0)
     for member, steps in zip(active, held, strict=True):
-        member.run.close()  # its manager, if open, still counts what is removed here
+        member.run.forget()  # its manager, if open, still counts what is removed here
         for step in steps:
             if step > first:
                 shutil.rmtree(member.run.path / "checkpoints" / str(step))

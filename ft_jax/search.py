@@ -6,6 +6,7 @@ modules (``0-2-5``, or ``none``). A setting is a key of the train config, ``meth
 JSON in whose texts ``{name}`` stands for a parameter. Trials lie in Optuna's journal (JSON lines) and each is a run.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ft_jax import train
 from ft_jax.analysis import report
-from ft_jax.errors import UserError, nearest
+from ft_jax.errors import UserError, nearest, one_line
 from ft_jax.io import files
 from ft_jax.io.runs import first_difference
 
@@ -138,43 +139,65 @@ def search(config, space, workdir, *, trials=20, sampler="tpe", seed=0):
     spread = distributions(parameters)
     first = {name: d.choices[0] if hasattr(d, "choices") else d.low for name, d in spread.items()}
     metric = config_of(config, filled(settings, values_of(parameters, first)))["eval"]["metric"]
-    workdir = opened(workdir, {"config": config, "space": space, "sampler": sampler, "seed": seed})
-    study = _study(workdir, metric)
-    rows = write(study, workdir, metric)
-    with tqdm(total=trials, initial=len(rows), desc="search", unit="trial") as bar:
-        while len(rows) < trials:
-            study.sampler = SAMPLERS[sampler](seed + len(rows))  # after a stop the same trial is drawn again, and resumes
-            trial = study.ask(spread)
-            _run(study, trial, values_of(parameters, trial.params), settings, config, workdir, metric)
-            rows = write(study, workdir, metric)
-            bar.update()
+    with opened(workdir, {"config": config, "space": space, "sampler": sampler, "seed": seed}) as workdir:
+        study = _study(workdir, metric)
+        rows = write(study, workdir, metric)
+        with tqdm(total=trials, initial=len(rows), desc="search", unit="trial") as bar:
+            while len(rows) < trials:
+                study.sampler = SAMPLERS[sampler](seed + len(rows))  # after a stop the same trial is drawn again, and resumes
+                trial = study.ask(spread)
+                _run(study, trial, values_of(parameters, trial.params), settings, config, workdir, metric)
+                rows = write(study, workdir, metric)
+                bar.update()
     if all("failed" in row for row in rows):
         raise UserError(f"none of {len(rows)} trials succeeded; the first: {rows[0]['failed']}")
     return rows
 
 
+@contextlib.contextmanager
 def opened(workdir, made):
-    """The folder of a search that ``made`` describes; UserError when it holds another one, or none."""
+    """The folder of a search that ``made`` describes, for this process alone; UserError when it holds another one, or none."""
     workdir = files.make_folder(workdir)
     file = workdir / "search.json"
-    if not file.exists():
-        if files.entries(workdir):
-            raise UserError(f"workdir {workdir} is not empty and holds no search; choose another --workdir")
-        files.write_json(file, made)
-    elif difference := first_difference(files.read_json(file), made, "search"):
-        raise UserError(f"workdir {workdir} holds another search: {difference}; choose another --workdir")
-    return workdir
+    if not file.exists() and files.strangers(workdir):
+        raise UserError(f"workdir {workdir} is not empty and holds no search; choose another --workdir")
+    held = files.lock(workdir)
+    try:
+        files.sweep(workdir)
+        if not file.exists():
+            files.write_json(file, made)
+        elif difference := first_difference(files.read_json(file), made, "search"):
+            raise UserError(f"workdir {workdir} holds another search: {difference}; choose another --workdir")
+        yield workdir
+    finally:
+        files.unlock(workdir, held)
 
 
 def _study(workdir, metric):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    journal = optuna.storages.journal.JournalFileBackend(str(workdir / "journal.jsonl"))
+    path = workdir / "journal.jsonl"
+    _mend(path)
     better = "maximize" if metric == "accuracy" else "minimize"
-    study = optuna.create_study(storage=optuna.storages.JournalStorage(journal), study_name="search", load_if_exists=True,
-                                directions=["minimize", better])  # fmt: skip
+    try:
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+        study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True, directions=["minimize", better])
+        for row in (t.user_attrs["row"] for t in study.trials if "row" in t.user_attrs):
+            dict(row["parameters"]), row["settings"], row["run"], row["failed"] if "failed" in row else float(row["size"]) + float(row["score"])
+    except Exception as error:  # whatever Optuna happens to meet in lines that it did not write
+        raise UserError(f"{path}: cannot be read ({one_line(error) or type(error).__name__}); the runs beside it are whole: with this file "
+                        "removed the same command draws the trials anew and takes those runs for them") from None
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # a stop cut it short
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        _tell(study, trial.number, trial.user_attrs.get("row", {"failed": "cut short"}))
     return study
+
+
+def _mend(journal):
+    """Takes away what a killed process left: a last line that is not whole, Optuna's own lock."""
+    for left in journal.parent.glob(f"{journal.name}.lock*"):
+        left.unlink(missing_ok=True)
+    data = journal.read_bytes() if journal.exists() else b""
+    if not data.endswith(b"\n") and data:
+        files.write(journal, data[: data.rfind(b"\n") + 1])
 
 
 def folder_of(settings):
@@ -191,10 +214,14 @@ def _run(study, trial, values, settings, config, workdir, metric):
     except UserError as error:
         row["failed"] = str(error)
     trial.set_user_attr("row", row)
+    _tell(study, trial.number, row)
+
+
+def _tell(study, number, row):
     if "failed" in row:
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        study.tell(number, state=optuna.trial.TrialState.FAIL)
     else:
-        study.tell(trial, [row["size"], row["score"]])
+        study.tell(number, [row["size"], row["score"]])
 
 
 # What is written

@@ -1,6 +1,7 @@
 """Trees of many runs as one: stacked on a leading axis of members, padded with zeros, stepped by one ``vmap``."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ft_jax import train
+from ft_jax import train, tree
+from ft_jax.kernels import LowRank, is_kernel, parse_rule
+
+# Updates that see each number of a leaf by itself, and so let ranks be padded with zeros.
+PADDED = ("adamw", "adamw_l1", "lion", "lora_plus", "sgd")
 
 
 @dataclasses.dataclass
@@ -91,3 +96,24 @@ def step_of(cfg, objective, join, shardings):
 
     every = jax.vmap(one, in_axes=(0, 0, 0, None, {"own": 0, "shared": None}))
     return jax.jit(every, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def program_key(member):
+    """What the program of a member is made of, as text: its config but for what may differ, every shape, the batch."""
+    cfg = {k: v for k, v in member.cfg.items() if k not in ("seed", "data")}
+    cfg["optimizer"] = {k: v for k, v in cfg["optimizer"].items() if k != "learning_rate"}
+    rules = [(regex, *parse_rule(rule)) for regex, rule in cfg["method"]["kernels"]]
+    rules = [(regex, name, {k: v for k, v in hp.items() if k not in ("rank", "alpha")}) for regex, name, hp in rules]
+    cfg["method"] = {k: v for k, v in cfg["method"].items() if k != "name"} | {"kernels": rules}
+    padded = cfg["optimizer"]["name"] in PADDED
+    leaves = tree.flatten(member.parts["params"], is_leaf=is_kernel)
+    shapes = {path: _shapes(leaf, padded) for path, leaf in leaves.items()}
+    batch = {k: (v.shape, str(v.dtype)) for k, v in member.parts["data"]["train"].gather([0]).items()}
+    return json.dumps([cfg, shapes, jax.tree.leaves(member.parts["mask"]), batch], sort_keys=True)
+
+
+def _shapes(leaf, padded):
+    """Shapes of a leaf as text; low-rank factors that can be padded without their rank."""
+    if padded and isinstance(leaf, LowRank):
+        return [type(leaf).__name__, _shapes(leaf.base, padded), leaf.a.shape[:-1], leaf.b.shape[-1:]]
+    return str(jax.tree.map(jnp.shape, leaf))

@@ -44,6 +44,7 @@ NOT_NEGATIVE = (
     "seed", "model.num_labels", "method.freeze_layers", "method.reinit_layers", "eval.every", "eval.patience",
     "optimizer.learning_rate", "optimizer.warmup", "optimizer.clip",
 )  # fmt: skip
+RULES = {"method.kernels": (str, str), "method.taps": (str, str), "method.trainable": (str, bool)}  # of what each rule is a pair
 
 
 @struct.dataclass
@@ -81,7 +82,10 @@ def _typed(name, value, default):
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(default, tuple) and isinstance(value, (list, tuple)):
-        return [list(v) if isinstance(v, (list, tuple)) else v for v in value]
+        value = [list(v) if isinstance(v, (list, tuple)) else v for v in value]
+        if (kinds := RULES.get(name)) and (odd := [v for v in value if not isinstance(v, list) or tuple(map(type, v)) != kinds]):
+            raise UserError(f"config key {name!r} holds {odd[0]!r}; each of its rules is a pair of a {kinds[0].__name__} and a {kinds[1].__name__}")
+        return value
     if type(value) is not type(default):
         raise UserError(f"config key {name!r} is {value!r}; it takes a {type(default).__name__}, such as {default!r}")
     if name in POSITIVE and value < 1:

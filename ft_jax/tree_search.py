@@ -134,20 +134,27 @@ def search_tree(config, tree, workdir):
     metric = _dry(config, tree)
     first = search.config_of(config, children(tree)[0]["settings"])
     measure, base = general(train.ready(first), tree["versatility"])
-    workdir = search.opened(workdir, {"config": config, "tree": tree})
-    before, rows, level = _measured(workdir / "base.json", functools.partial(measure, base)), [], children(tree)
-    del base
+    with search.opened(workdir, {"config": config, "tree": tree}) as workdir:
+        before = _measured(workdir / "base.json", functools.partial(measure, base))
+        del base
+        rows = _descend(tree, workdir, metric, before, lambda node: _visit(node, config, workdir, metric, measure, before, tree["weight"]))
+    if all("failed" in row for row in rows):
+        raise UserError(f"none of {len(rows)} nodes succeeded; the first: {rows[0]['failed']}")
+    return rows
+
+
+def _descend(tree, workdir, metric, before, visit):
+    """The rows of every node visited, level by level."""
+    rows, level = [], children(tree)
     while level:
         for node in tqdm(level, desc=f"level {level[0]['node'].count('/') + 1}", unit="node"):
-            rows.append(_visit(node, config, workdir, metric, measure, before, tree["weight"]))
+            rows.append(visit(node))
             write(rows, workdir, metric, before)
         best = sorted((r for r in rows[-len(level) :] if "score" in r), key=lambda r: -r["score"])[: tree["keep"]]
         for row in best:
             row["kept"] = True
         level = [child for node in level if node["node"] in {r["node"] for r in best} for child in children(tree, node)]
     write(rows, workdir, metric, before)
-    if all("failed" in row for row in rows):
-        raise UserError(f"none of {len(rows)} nodes succeeded; the first: {rows[0]['failed']}")
     return rows
 
 

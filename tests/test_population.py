@@ -121,7 +121,7 @@ def test_each_member_is_the_run_it_would_be_alone(kind, home, tmp_path, request)
     assert any(first[p].shape != last[p].shape or not np.allclose(first[p], last[p], atol=1e-4) for p in first)
 
 
-@pytest.mark.parametrize("name", population.PADDED)
+@pytest.mark.parametrize("name", stacking.PADDED)
 def test_padding_stays_zero_and_changes_nothing(name):
     """Five steps of each update on W + s A B: columns of A and rows of B that are zero stay so, the rest is as without."""
     rng = np.random.default_rng(0)

@@ -1,13 +1,19 @@
 """Small files: JSON read with a plain error, anything written whole or not at all."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import pathlib
 import re
 import secrets
+import socket
 
 from ft_jax.errors import UserError, nearest
+
+LOCK, TEMPORARY = "LOCK", ".tmp-"
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def read_json(path):
@@ -36,7 +42,7 @@ def entries(folder):
     """Names in a folder, sorted; empty when it is no folder."""
     try:
         return sorted(p.name for p in pathlib.Path(folder).iterdir())
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 
@@ -65,7 +71,52 @@ def replacing(path):
 def temporary_name(path):
     """An unused hidden name beside ``path``."""
     path = pathlib.Path(path)
-    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+def strangers(folder):
+    """Names in a folder but its lock and what a process that was killed left half written."""
+    return [name for name in entries(folder) if name != LOCK and not name.startswith(TEMPORARY)]
+
+
+def sweep(folder):
+    """Removes what a killed process left half written; for the one that holds the folder's lock."""
+    for name in entries(folder):
+        if name.startswith(TEMPORARY):
+            (pathlib.Path(folder) / name).unlink(missing_ok=True)
+
+
+def lock(folder):
+    """Takes a folder until `unlock` or the process's end, however it comes; UserError while another process has it."""
+    path = pathlib.Path(folder) / LOCK
+    while True:
+        try:
+            file = open(path, "a+")  # noqa: SIM115 (held until unlock)
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            raise UserError(f"{folder}: may not be written; name another folder") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"workdir {folder} is in use by {file.read().strip() or 'another process'}; "
+                            "wait for it, stop it, or choose another --workdir") from None
+        except OSError:  # a file system without locks
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()  # its owner removed it in between: this one locks nothing
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def unlock(folder, file):
+    (pathlib.Path(folder) / LOCK).unlink(missing_ok=True)
+    file.close()
 
 
 def make_folder(path):
@@ -75,6 +126,8 @@ def make_folder(path):
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{path}: a file stands where a folder is to be written; name another folder") from None
-    except PermissionError:
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
         raise UserError(f"{path}: may not be written; name another folder") from None
     return path

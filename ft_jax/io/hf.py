@@ -89,7 +89,7 @@ def read_config(folder, head=None, num_labels=None, label_ids=None):
     except UserError as error:
         text = str(error)
         raise (error if str(folder) in text else UserError(f"{folder}/{text}")) from None
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise UserError(f"{folder}/config.json: a value is not of its kind: {one_line(error)}") from None
 
 

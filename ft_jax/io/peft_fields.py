@@ -69,7 +69,9 @@ def pattern(config, field, module, default):
 def scale_of(config, module, rank):
     """alpha / rank, or alpha / √rank for rsLoRA, as the config has it for a module; UserError for a bad pattern."""
     alpha = pattern(config, "alpha_pattern", module, config.get("lora_alpha", config.get("alpha")))
-    return np.float32(alpha / rank ** (0.5 if config.get("use_rslora") else 1.0))
+    if type(alpha) not in (int, float) or not abs(scale := alpha / rank ** (0.5 if config.get("use_rslora") else 1.0)) < np.finfo(np.float32).max:
+        raise UserError(f"{module}: alpha is {alpha!r}, of which and rank {rank} no scale can be made")
+    return np.float32(scale)
 
 
 def series_of(config):

@@ -4,12 +4,10 @@ With methods that start from data or from other runs also ``start.safetensors``:
 processes the first one writes what is not a checkpoint; checkpoints are written by all.
 """
 
-import fcntl
 import functools
 import json
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -63,29 +61,21 @@ class Run:
         if not self._first:
             return
         files.make_folder(self.path)
-        self._take()
-        if start and not self.start:
-            safetensors.save(self.path, sorted(start.items()), stem="start")
+        self.take()
+        # The config first: a folder without one is taken for no run, and a start that is missing is made again.
         if not (self.path / "config.json").exists():
             files.write_json(self.path / "config.json", self.config)
+        if start and not self.start:
+            safetensors.save(self.path, sorted(start.items()), stem="start")
 
-    def _take(self):
-        """Locks the folder until `close` or the process's end, however it comes."""
-        if "_lock" in self.__dict__:
+    def take(self):
+        """Locks the folder, if there is one, until `close` or the process's end, and clears what a killed one left half written."""
+        if "_lock" in self.__dict__ or not self._first or not self.path.is_dir():
             return
-        file = open(self.path / "LOCK", "a+")  # noqa: SIM115 (held as long as the run)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"workdir {self.path} is in use by {file.read().strip() or 'another process'}; "
-                            "wait for it, stop it, or choose another --workdir") from None
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        self._lock = file
+        self._lock = files.lock(self.path)
+        files.sweep(self.path)
+        for half in self.path.glob("*/*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half, ignore_errors=True)
 
     @functools.cached_property
     def _managers(self):
@@ -109,13 +99,13 @@ class Run:
             raise UserError(f"workdir {self.path} is a file, not a folder")
         file = self.path / "config.json"
         if not file.exists():
-            if self.path.is_dir() and any(f.name != "LOCK" for f in self.path.iterdir()):
+            if self.path.is_dir() and files.strangers(self.path):
                 raise UserError(f"workdir {self.path} is not empty and holds no run; choose another --workdir")
             return
         try:
-            held = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file} is not valid JSON ({error}); remove the folder or choose another --workdir") from None
+            held = files.read_json(file)
+        except UserError as error:
+            raise UserError(f"{error}; remove the folder or choose another --workdir") from None
         difference = first_difference(held, self.config)
         if difference:
             raise UserError(f"workdir {self.path} holds a run with another config: {difference}; choose another --workdir")
@@ -130,20 +120,23 @@ class Run:
     def summary(self):
         """What DONE holds, or None while the run is unfinished."""
         done = self.path / "DONE"
-        return json.loads(done.read_text()) if done.exists() else None
+        return files.read_json(done) if done.exists() else None
 
     def finish(self, summary):
         if self._first:
             files.write_json(self.path / "DONE", summary)
 
-    def close(self):
+    def forget(self):
+        """Closes the checkpoint managers: the next use counts what is there anew."""
         for manager in self.__dict__.pop("_managers", {}).values():
             manager.close()
+
+    def close(self):
+        self.forget()
         if events := self.__dict__.pop("_events", None):
             events.close()
         if lock := self.__dict__.pop("_lock", None):
-            (self.path / "LOCK").unlink(missing_ok=True)
-            lock.close()
+            files.unlock(self.path, lock)
 
     def need_space(self, num_bytes):
         """UserError when the disk cannot take ``num_bytes`` of checkpoints beside what the run already wrote."""
@@ -166,8 +159,15 @@ class Run:
 
     def metrics(self):
         file = self.path / "metrics.jsonl"
-        rows = file.read_text().splitlines() if file.exists() else []
-        return [json.loads(row) for row in rows if row.endswith("}")]
+        try:
+            rows = file.read_text("utf-8").splitlines() if file.exists() else []
+            found = [json.loads(row) for row in rows if row.endswith("}")]  # the last may be cut short
+            if all(type(row.get("step")) is int for row in found):
+                return found
+            raise ValueError("a row has no step")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{file}: cannot be read ({one_line(error)}); what was trained is in the checkpoints: with this file removed "
+                            "the same command goes on") from None
 
     def rewind_metrics(self, step):
         """Drops the rows after ``step``, which the resumed run writes again; TensorBoard is told to hide its own."""
@@ -271,7 +271,7 @@ def load_run(workdir, which="best", base=None):
     path = files.local(workdir)
     if not (path / "config.json").exists():
         raise UserError(f"{path} holds no run (no config.json)")
-    run = Run(path, json.loads((path / "config.json").read_text()), tensorboard=False)
+    run = Run(path, files.read_json(path / "config.json"), tensorboard=False)
     try:
         name = "best" if which == "best" and run.latest("best") is not None else "checkpoints"
         recipe = run.meta(name)["recipe"]

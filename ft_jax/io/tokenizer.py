@@ -1,5 +1,6 @@
 """Tokenizers: a thin reader of ``tokenizer.json`` with truncation, special tokens and sandboxed chat templates."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -72,8 +73,9 @@ class Tokenizer:
         for row, text in enumerate(texts):
             if not all(isinstance(t, str) for t in (text if pairs is not None else (text,))):
                 raise UserError(f"text {row} is no string: {str(text)[:60]!r}")
-        self._truncate(max_length, pairs is not None, add_special_tokens, side)
-        return self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+        with _library("tokenizer.json cannot encode this text"):
+            self._truncate(max_length, pairs is not None, add_special_tokens, side)
+            return self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
 
     def _truncate(self, max_length, pair, add_special_tokens, side):
         if max_length is None:
@@ -143,6 +145,19 @@ def _compile(template):
     return environment.from_string(template)
 
 
+@contextlib.contextmanager
+def _library(what):
+    """UserError for what the tokenizers library raises: plain Exceptions, and panics, which are no Exceptions at all."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {one_line(error)}") from None
+
+
 def load(folder):
     """The tokenizer of a model folder (``tokenizer.json`` and, where present, its two config files).
 
@@ -153,10 +168,8 @@ def load(folder):
     if not path.is_file():
         raise UserError(f"{folder}: holds no tokenizer.json{nearest('tokenizer.json', files.entries(folder))}")
     text = path.read_bytes()
-    try:
+    with _library(f"{path}: cannot be read as a tokenizer"):
         backend = tokenizers.Tokenizer.from_buffer(text)
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path}: cannot be read as a tokenizer: {one_line(error)}") from None
     backend.no_padding()
     backend.no_truncation()
     config = {}

@@ -6,7 +6,7 @@ import zlib
 import jax
 
 from ft_jax import registry, tree
-from ft_jax.errors import UserError, nearest
+from ft_jax.errors import UserError, nearest, one_line
 from ft_jax.kernels import from_data
 from ft_jax.kernels.base import dense, is_kernel
 
@@ -76,6 +76,10 @@ def _told(path, fn, *args):
         return fn(*args)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"{path}: the kernel takes more memory than there is ({one_line(error)[:100]})") from None
 
 
 def _wrap(leaf, rule, rng, data, start):

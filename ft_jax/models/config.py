@@ -1,6 +1,7 @@
 """``config.json`` of a Hugging Face checkpoint -> ``ModelConfig``, and back."""
 
 import dataclasses
+import math
 
 from ft_jax.errors import UserError, nearest
 
@@ -25,6 +26,16 @@ ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
 }
+WHOLE = {  # key of config.json -> the least and the largest that it may be, where it is given
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"), (1, 2**31 - 1)),
+    "num_hidden_layers": (1, 10_000), "num_labels": (0, 1_000_000),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "type_vocab_size", "sliding_window", "max_window_layers"), (0, 2**31 - 1)),
+    "pad_token_id": (-1, 2**31 - 1),
+}  # fmt: skip
+REAL = {  # the same of the keys that are real numbers
+    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), (0, 1)), "rope_theta": (0, math.inf),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"), (0, 1)),
+}  # fmt: skip
 # family -> head -> the class transformers would load the checkpoint with
 ARCHITECTURES = {
     "bert": {"none": "BertModel", "classification": "BertForSequenceClassification", "mlm": "BertForMaskedLM"},
@@ -107,7 +118,9 @@ class ModelConfig:
         return dataclasses.replace(self, head=head, num_labels=num_labels or self.num_labels, **words)
 
     def check(self):
-        """UserError for label words that cannot be read."""
+        """UserError for more labels than a head can have, and label words that cannot be read."""
+        if self.num_labels > WHOLE["num_labels"][1]:
+            raise UserError(f"num_labels is {self.num_labels}; at most {WHOLE['num_labels'][1]}")
         if self.head != "label_words":
             return
         if not self.label_ids:
@@ -133,16 +146,28 @@ def config_from_hf(raw, head=None, num_labels=None, label_ids=None):
     family = raw.get("model_type")
     if family not in ARCHITECTURES:
         raise UserError(f"config.json: model_type {family!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    for kinds, table in (((int,), WHOLE), ((int, float), REAL)):
+        for key, (low, high) in table.items():
+            if key in raw and not (raw[key] is None and low <= 0):
+                _check_number(key, raw[key], kinds, low, high)
     try:
         config = (_encoder if family in ENCODERS else _decoder)(family, raw)
     except KeyError as error:
         raise UserError(f"config.json: key {error.args[0]!r} is missing (model_type {family!r})") from None
     if config.hidden_size % config.num_heads and "head_dim" not in raw:
         raise UserError(f"config.json: hidden_size {config.hidden_size} is not a multiple of {config.num_heads} heads")
+    if config.num_heads % config.num_kv_heads:
+        raise UserError(f"config.json: {config.num_heads} heads cannot share {config.num_kv_heads} heads of keys and values")
     head, own = head or _head_of(raw, family), raw.get("ft_jax", {})
     if head == "label_words":
         return config.with_head(head, num_labels, label_ids or own.get("label_ids"), own.get("mask_id"))
     return config.with_head(head, num_labels or len(raw.get("id2label") or {}) or raw.get("num_labels") or 2)
+
+
+def _check_number(key, value, kinds, low, high):
+    if type(value) not in kinds or not math.isfinite(value) or not low <= value <= high:
+        what = "whole number" if kinds == (int,) else "number"
+        raise UserError(f"config.json: a value is not of its kind: {key} is {str(value)[:40]!r}; it is a {what} from {low} to {high}")
 
 
 def _head_of(raw, family):
@@ -195,6 +220,8 @@ def _rope(raw):
     for key in required:
         if key not in scaling:
             raise UserError(f"config.json: rope scaling {kind!r} lacks {key!r}")
+    for key in {"factor", *required, *optional} & scaling.keys():
+        _check_number(f"rope scaling {key}", scaling[key], (int, float), 0, math.inf)
     for key, value in scaling.items():
         if key not in (*required, *optional) and (key, value) not in ROPE_NEUTRAL:
             raise UserError(f"config.json: rope scaling {kind!r} with {key} {value!r} is not supported; supported keys: "

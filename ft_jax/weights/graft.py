@@ -6,6 +6,7 @@ arrays; leaves that it does not name keep the base's value.
 
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -238,12 +239,18 @@ def save_mask(path, mask, metadata=None):
     files.write(path, to_bytes({p: np.packbits(m) for p, m in mask.items()}, {"shapes": shapes, **(metadata or {})}))
 
 
+def _unpacked(packed, shape):
+    """The mask of a shape; ValueError unless it takes as many bytes as there are, so that none asks for memory in vain."""
+    if min(shape, default=0) < 0 or packed.shape != (-(-math.prod(shape) // 8),):
+        raise ValueError(f"{list(packed.shape)} bytes are no mask of {shape}")
+    return np.unpackbits(packed, count=math.prod(shape)).reshape(shape).astype(bool)
+
+
 def load_mask(path):
     """Inverse of ``save_mask``; UserError for a file that is not a mask."""
     try:
         with safe_open(path, "np") as file:
             shapes = json.loads((file.metadata() or {})["shapes"])
-            return {p: np.unpackbits(file.get_tensor(p), count=int(np.prod(s))).reshape(s).astype(bool)
-                    for p, s in shapes.items()}  # fmt: skip
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+            return {p: _unpacked(file.get_tensor(p), s) for p, s in shapes.items()}
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a graft mask ({error})") from None
