@@ -15,7 +15,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join((
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_multi_thread_eigen=false", "--xla_cpu_parallel_codegen_split_count=1",
 ))  # fmt: skip
+# As many workers as cores: further threads of BLAS would wait for each other, thirty times as long as one needs for an SVD.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,22 +34,26 @@ def pytest_collection_finish():
     gc.set_threshold(20_000, 20, 20)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """After a module a large process drops its programs, which the next would otherwise compile again."""
+@pytest.fixture(scope="session")
+def limit():
+    return [LARGE]
+
+
+@pytest.fixture(autouse=True)
+def forget_programs(limit):
+    """A process that has grown large drops its programs; a small one keeps them, for the next test would compile some again."""
     yield
-    if "jax" in sys.modules and resident() > LARGE:
+    if "jax" in sys.modules and resident() > limit[0]:
         sys.modules["jax"].clear_caches()
         gc.collect()
-        with open("/proc/self/maps") as maps:
-            if "libc.so" in maps.read():
-                ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is freed stays with the process otherwise
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # what is freed stays with the process otherwise
+        limit[0] = max(LARGE, 1.5 * resident())
 
 
 def resident():
-    """Bytes of memory that this process holds, where Linux tells; else as large as it gets."""
+    """Bytes of memory that this process holds; where the system does not say, more than any limit."""
     try:
-        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return sys.maxsize
-    return pages * os.sysconf("SC_PAGE_SIZE")
