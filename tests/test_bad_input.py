@@ -198,7 +198,7 @@ def test_one_line_before_compute(name, home, script):
     assert hashes(home) == before
 
 
-@pytest.mark.parametrize("name", ["missing tensor", "adapter for another base", "analyse path"])
+@pytest.mark.parametrize("name", ["missing tensor", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adapter for another base", "analyse path"))])
 def test_one_line_in_a_fresh_process(name, home):
     """As a user calls it; library logs, if any, are warnings."""
     which, arguments, says = CASES[name]
@@ -218,6 +218,7 @@ def test_resume_on_another_base(home):
     (home / "DONE").rename(workdir / "DONE")
 
 
+@pytest.mark.slow
 def test_nan_loss(home, script, tmp_path):
     """Training that blows up says so; the checkpoint before it is whole, and the same command fails the same way."""
     given = options(home, workdir=tmp_path / "hot", steps=60, save__every=1, log__every=1, optimizer__name="sgd",
@@ -240,6 +241,7 @@ def training(home, workdir, **keys):
                                              "optimizer__learning_rate": 1e-3, **keys})  # fmt: skip
 
 
+@pytest.mark.slow
 def test_file_size_limit(home, tmp_path):
     """The first checkpoint does not fit; without the limit the same command goes on."""
     given = training(home, tmp_path / "run", steps=12)
@@ -268,6 +270,7 @@ def fill(path, leave):
         file.write(b"\0" * max(size, 0))
 
 
+@pytest.mark.slow
 def test_disk_full_before_the_run(home, disk, script):
     fill(disk, leave=100_000)
     assert_one_line(script("train.py", *training(home, disk / "run")), ["no space", "checkpoints", "MB"])
@@ -276,6 +279,7 @@ def test_disk_full_before_the_run(home, disk, script):
     assert script("train.py", *training(home, disk / "run")).status == 0
 
 
+@pytest.mark.slow
 def test_disk_full_in_the_middle(home, disk, tmp_path):
     """The disk fills up while a run writes: one line, the last checkpoint loads, and the run resumes bit for bit."""
     workdir = disk / "run"

@@ -120,6 +120,7 @@ def test_a_run_by_name_is_rebuilt_without_its_data(method, home, tmp_path, monke
         recipe.build(tuned[0][2])
 
 
+@pytest.mark.slow
 def test_what_trained_is_what_started(home, tmp_path):
     """The frozen matrices of a rebuilt run are those that it trained with, and its factors' start is kept in a file."""
     cfg = config(home, "corda(rank=4)", steps=20)

@@ -35,7 +35,8 @@ def last(workdir):
     return tree.flatten(params)
 
 
-@pytest.mark.parametrize("mask", ["lisa(n=1,period=3)", pytest.param("hft(period=3)+random(share=0.5)", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", ["lisa(n=1,period=3)", "hft(period=3)+random(share=0.5)"])
 def test_a_run_stopped_inside_a_period_resumes_bit_for_bit(mask, home, monkeypatch):
     name = mask.split("(")[0]
     train.train(config(home, mask), home / name)

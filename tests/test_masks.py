@@ -156,7 +156,7 @@ def test_a_split_that_leaves_no_layer_is_refused(frozen):
         masks.split_layers(params_of("plain"), frozen)
 
 
-@pytest.mark.parametrize("family, head", [("bert", "classification"), ("llama", "lm")])
+@pytest.mark.parametrize("family, head", [pytest.param("bert", "classification", marks=pytest.mark.slow), ("llama", "lm")])
 def test_freezing_the_lowest_layers_stops_the_backward_pass(family, head, monkeypatch):
     """XLA counts the body of a loop once, so the scan is unrolled for counting."""
     monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))

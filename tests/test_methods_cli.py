@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -10,9 +10,11 @@ import pytest
 from ft_jax import methods, registry
 
 
-def test_the_module_runs_and_both_forms_agree(capsys):
-    command = [sys.executable, "-m", "ft_jax.methods", "--json"]
-    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def test_the_module_runs_and_both_forms_agree(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["methods", "--json"])
+    monkeypatch.delitem(sys.modules, "ft_jax.methods")  # as ``python -m`` finds it
+    runpy.run_module("ft_jax.methods", run_name="__main__")
+    rows = json.loads(capsys.readouterr().out)
     assert [(r["kind"], r["name"]) for r in rows] == [(m.kind, m.name) for m in registry.methods()]
     methods.main([])
     lines = capsys.readouterr().out.splitlines()

@@ -74,12 +74,14 @@ def tiny(tmp_path_factory):
         yield {"MODEL": home / "model", "DATA": home / "reviews.jsonl", "STEPS": 4}
 
 
+@pytest.mark.slow
 def test_demo_on_a_tiny_model(tiny, tmp_path):
     _, said, figures, tables = execute("demo", tmp_path, **tiny)
     assert "2 layers" in said and figures == 3 and len(tables) == 2
     assert (tmp_path / "4_steps" / "full" / "DONE").is_file()
 
 
+@pytest.mark.slow
 def test_open_your_checkpoint_on_a_tiny_model(tiny, tmp_path):
     _, said, figures, tables = execute("open_your_checkpoint", tmp_path, **tiny)
     assert "12 matrices" in said and "with the adapter" in said and figures == 1 and len(tables) == 2

@@ -263,7 +263,8 @@ def assert_same_runs(folder, reference, names):
         assert {k: one[k] for k in keys} == {k: two[k] for k in keys}
 
 
-@pytest.mark.parametrize("where", ["before a checkpoint", "between two", "within the second save"])
+@pytest.mark.parametrize("where", [pytest.param("before a checkpoint", marks=pytest.mark.slow), "between two",
+                                   pytest.param("within the second save", marks=pytest.mark.slow)])  # fmt: skip
 def test_resumes_bit_for_bit(lora, tmp_path, monkeypatch, where):
     """Only one checkpoint is kept, and yet a stop within a save leaves a step that all members hold."""
     configs, reference, _ = lora
@@ -304,6 +305,7 @@ def test_finished_runs_return_at_once(lora, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_costs_no_other(lora, home, tmp_path, monkeypatch, capsys):
     """It keeps its folder and a message; the others end as they do without it, also when stopped and resumed."""
     configs, reference, _ = lora
@@ -334,6 +336,7 @@ def test_a_member_that_diverges_costs_no_other(lora, home, tmp_path, monkeypatch
     assert_same_runs(tmp_path / "again", tmp_path / "all", configs)
 
 
+@pytest.mark.slow
 def test_patience_stops_a_member_alone(home, tmp_path, monkeypatch):
     """Scripted losses fall as B grows, so a learning rate of 0 is stopped; the other goes on, also after a restart."""
 
@@ -363,6 +366,7 @@ def test_patience_stops_a_member_alone(home, tmp_path, monkeypatch):
     assert_same_runs(tmp_path / "again", tmp_path / "all", configs)
 
 
+@pytest.mark.slow
 def test_members_spread_over_devices(lora, home, tmp_path, monkeypatch):
     """Two members on two devices, a device each; what does not divide stays whole. The same weights."""
     configs, reference, _ = lora

@@ -263,6 +263,7 @@ def test_nothing_to_repair_is_a_copy(home, tmp_path):
     assert (tmp_path / "repaired" / "model.safetensors").read_bytes() == (home / "llama" / "base" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process(home, tmp_path):
     done = folders.run_script("analyse.py", f"--base={home / 'llama' / 'base'}", f"--tuned={home / 'llama' / 'adapter'}",
                               f"--out={tmp_path}", "--repair", "--which=all", "--eps=0.4")  # fmt: skip

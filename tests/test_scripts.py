@@ -61,6 +61,7 @@ def test_train_prints_the_summary_and_no_library_logs(home):
     assert said and all(line.lstrip().startswith(("train:", "tokenise", "reading")) for line in said), said
 
 
+@pytest.mark.slow
 def test_graft_keeps_the_skill_with_few_parameters(grafted):
     report, _ = grafted
     base, tuned, kept, chance = (report[n]["accuracy"] for n in ("base", "tuned", "grafted", "random"))
@@ -72,6 +73,7 @@ def test_graft_keeps_the_skill_with_few_parameters(grafted):
     assert len(report["history"]) == 11 and report["history"][0]["step"] == 0
 
 
+@pytest.mark.slow
 def test_graft_counts_its_mask(grafted, home):
     report, folder = grafted
     mask = graft.load_mask(folder / "mask.safetensors")
@@ -89,6 +91,7 @@ def test_graft_counts_its_mask(grafted, home):
     assert report["head"] == "the base's own" and report["left_at_base"] == []
 
 
+@pytest.mark.slow
 def test_grafted_model_is_base_outside_and_tuned_inside_the_mask(grafted, home, script):
     _, folder = grafted
     mask = graft.load_mask(folder / "mask.safetensors")
@@ -100,6 +103,7 @@ def test_grafted_model_is_base_outside_and_tuned_inside_the_mask(grafted, home, 
         np.testing.assert_array_equal(leaf, expected, err_msg=path)
 
 
+@pytest.mark.slow
 def test_graft_of_two_folders_is_the_same(grafted, home, script):
     """From exported checkpoints and a data source: the same mask and numbers as from the run."""
     report, folder = grafted
@@ -116,6 +120,7 @@ def test_graft_of_two_folders_is_the_same(grafted, home, script):
     assert not (home / "pair" / "model").exists()
 
 
+@pytest.mark.slow
 def test_finished_graft_is_not_computed_again(grafted, home, script):
     _, folder = grafted
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
@@ -127,6 +132,7 @@ def test_finished_graft_is_not_computed_again(grafted, home, script):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_graft_of_a_language_model_under_a_lora_run(home, script, tmp_path):
     """LoRA is merged first; with every parameter grafted the model answers as the tuned one does."""
     folders.make_model_folder(tmp_path / "llama", "llama", "lm")

@@ -29,6 +29,7 @@ def config(home):
     return f"configs/train.py:model={home / 'bert'},data={home / 'reviews.jsonl'}"
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on_and_ends_as_one_that_was_not(home, monkeypatch):
     whole = search.search(config(home), space(), home / "whole", trials=7, seed=3)
     calls, real = [], train.train

@@ -141,11 +141,13 @@ def test_learns_prompted_lm_with_lora(home):
     assert len(mean) == len(weights)
 
 
+@pytest.mark.slow
 def test_learns_packed_lm(home):
     train.train(letters(home, {"packing": True}, steps=50, log={"every": 1}), home / "packed")
     assert_learns(home / "packed", 0.5)
 
 
+@pytest.mark.slow
 def test_learns_masked_words(home):
     cfg = config(home, objective="mlm", model={"path": str(home / "masked"), "head": "mlm"},
                  data={"source": str(home / "recited.jsonl"), "num_labels": 0}, eval={"metric": "loss"}, log={"every": 1})  # fmt: skip
@@ -153,6 +155,7 @@ def test_learns_masked_words(home):
     assert_learns(home / "mlm", 0.5)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_16_bits_and_keeps_32(home):
     cfg = config(home, model={"dtype": "bfloat16"}, optimizer={"name": "adamw"})
     train.train(cfg, home / "bf16")
@@ -182,6 +185,7 @@ def test_remat_changes_memory_and_no_loss(home):
             np.testing.assert_allclose(grad, tree.flatten(found["none"])[path], rtol=1e-4, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_frozen_layers_stay_and_the_rest_joins(home):
     cfg = config(home, method={"freeze_layers": 1}, steps=5)
     summary = train.train(cfg, home / "frozen")
@@ -255,7 +259,7 @@ def straight(home):
     return home / "straight", cfg
 
 
-@pytest.mark.parametrize("crash_at", [2, 6, 8])
+@pytest.mark.parametrize("crash_at", [pytest.param(2, marks=pytest.mark.slow), 6, pytest.param(8, marks=pytest.mark.slow)])
 def test_resumes_bit_for_bit(straight, home, monkeypatch, crash_at):
     """Stopped before the first checkpoint, between two, and right after one."""
     reference, cfg = straight
@@ -281,6 +285,7 @@ def test_resumes_bit_for_bit(straight, home, monkeypatch, crash_at):
     assert len(traces) == 2, "the step was compiled more than once in a process"
 
 
+@pytest.mark.slow
 def test_resumes_bit_for_bit_after_kill(home, tmp_path):
     """SIGKILL from outside, at whatever the process is doing after its second checkpoint."""
     workdir = tmp_path / "killed"
@@ -304,6 +309,7 @@ def test_resumes_bit_for_bit_after_kill(home, tmp_path):
     assert_same_run(tmp_path / "straight", workdir)
 
 
+@pytest.mark.slow
 def test_best_and_patience(home, monkeypatch):
     """Scripted accuracies: the best of step 4 is kept, two evaluations without a better one end the run."""
     accuracies = {2: 0.5, 4: 0.7, 6: 0.7, 8: 0.6, 10: 0.9}

@@ -37,6 +37,7 @@ def config(home, more=""):
     return f"configs/train.py:model={home / 'bert'},data={home / 'reviews.jsonl'}{more}"
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on_and_scores_are_what_was_learnt_and_forgotten(home, monkeypatch):
     given = made(home, branches={"layers": BRANCHES["layers"], "module": {"FFN": {"modules": "mlp"}}}, weight=0.5)
     calls, real = [], train.train

@@ -205,6 +205,7 @@ def call(*args):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     a, b = write(tmp_path / "a", weights()), write(tmp_path / "b", weights(seed=1))
     code, out, err = call(f"--base={a}", f"--tuned={b}", f"--out={tmp_path / 'out'}", "--k=2")

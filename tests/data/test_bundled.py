@@ -16,7 +16,7 @@ def normal(text):
     return " ".join(text.lower().split())
 
 
-@pytest.mark.parametrize("name", bundled.REVIEWS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "imdb" else n for n in bundled.REVIEWS])
 def test_review_splits_are_balanced_and_disjoint(name):
     seen = {}
     for split, size in bundled.REVIEWS[name].items():

@@ -63,6 +63,7 @@ def finished(tiny, tmp_path_factory):
     return study.Context(Setting(tiny), workdir)
 
 
+@pytest.mark.slow
 def test_a_sequence_end_to_end(tiny, finished):
     assert list(continual.parts(finished.setting)) == ["continual_base", "continual_full_s0", "continual_lora_r2_s0"]
     base = finished.value("continual_base")
@@ -96,6 +97,7 @@ def test_adapters_are_merged_and_begin_anew(tiny):
     assert same == {p for p in before if not re.fullmatch(continual.LINEAR, p)}
 
 
+@pytest.mark.slow
 def test_what_is_learnt_depends_on_the_seed_alone(tiny, finished):
     model, base, tasks, _ = continual.loaded(tiny)
     first, other = (continual.learn(tiny, model, base, "lora_r2", tasks[0], jax.random.fold_in(jax.random.key(n), 0), n)[1] for n in (0, 1))
@@ -195,6 +197,7 @@ def test_scales_without_a_sequence_have_no_part_of_it(tmp_path):
     assert continual.sections(named["full_llama"]) == continual.claims(named["full_llama"]) == []
 
 
+@pytest.mark.slow
 def test_a_folder_keeps_one_sequence(tiny, finished):
     other = continual.parts(Setting(dataclasses.replace(tiny, steps=61)))
     with pytest.raises(UserError, match="holds a sequence with another steps"):

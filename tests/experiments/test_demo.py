@@ -32,6 +32,7 @@ def tiny(tmp_path, objective):
                             forgetting={"books": books, "choice": None}, **common)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_encoder_study(tmp_path, monkeypatch):
     s = tiny(tmp_path, "classification")
     monkeypatch.setattr(report, "LABELS", {n: n for n in ("base", *s.runs)})
@@ -59,6 +60,7 @@ def test_encoder_study(tmp_path, monkeypatch):
     assert demo.study(s, work) == summary
 
 
+@pytest.mark.slow
 def test_decoder_study_up_to_the_questions(tmp_path):
     """What of the decoder's study needs no bundled questions: runs, spectra, grafts, perplexity."""
     s = tiny(tmp_path, "causal_lm")

@@ -78,6 +78,7 @@ def test_study_of_a_decoder(tiny, tmp_path):
     assert "Language model: intruders" in (tmp_path / "work" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_study(tiny, tmp_path, monkeypatch):
     tiny = dataclasses.replace(tiny, decoder=None)
     study = dataclasses.replace(STUDY, scales={"tiny": tiny})

@@ -62,6 +62,7 @@ def done(tmp_path_factory):
     return shared.Context(setting, folder / "work"), json.loads((folder / "work" / "summary.json").read_text()), study
 
 
+@pytest.mark.slow
 def test_every_part_is_done_and_on_the_page(done):
     context, summary, _ = done
     assert set(summary["parts"]) == set(parts(context.setting))
@@ -72,6 +73,7 @@ def test_every_part_is_done_and_on_the_page(done):
     assert "nan" not in html.replace("financ", "")
 
 
+@pytest.mark.slow
 def test_every_claim_has_a_row_and_a_verdict(done):
     _, summary, _ = done
     rows = summary["claims"]
@@ -83,12 +85,14 @@ def test_every_claim_has_a_row_and_a_verdict(done):
     assert all(set(r) == {"claim", "paper", "ours", "verdict", "why"} for r in rows)
 
 
+@pytest.mark.slow
 def test_a_claim_without_a_measurement_says_so(done, tmp_path):
     context, _, _ = done
     rows = claims.rows(shared.Context(context.setting, tmp_path))
     assert {r["verdict"] for r in rows} == {claims.OPEN} and len(rows) == len(claims.MADE)
 
 
+@pytest.mark.slow
 def test_a_second_call_computes_nothing(done, monkeypatch):
     context, summary, study = done
     monkeypatch.setattr(world.hf, "load", lambda *a, **k: pytest.fail("a finished study loads weights"))
@@ -96,6 +100,7 @@ def test_a_second_call_computes_nothing(done, monkeypatch):
     assert json.loads((context.workdir / "summary.json").read_text())["parts"] == summary["parts"]
 
 
+@pytest.mark.slow
 def test_grafts_are_of_the_sizes_they_say_and_between_base_and_tuned(done):
     context, summary, _ = done
     value = summary["parts"]["graft_first_sgd"]
@@ -114,6 +119,7 @@ def test_grafts_are_of_the_sizes_they_say_and_between_base_and_tuned(done):
     assert again == pytest.approx(claims.learnt(value["seeds"]["100"], 5e-2)["accuracy"])
 
 
+@pytest.mark.slow
 def test_training_outside_a_region_leaves_it_alone(done):
     _, summary, _ = done
     runs = summary["parts"]["continual_first_second"]["seeds"]["100"]["runs"]
@@ -122,6 +128,7 @@ def test_training_outside_a_region_leaves_it_alone(done):
     assert 0 < runs["outside a random region"]["moved_in_region"] < 1
 
 
+@pytest.mark.slow
 def test_the_multi_task_model_learns_and_its_regions_are_kept(done):
     _, summary, _ = done
     train = summary["parts"]["multi_train"]
@@ -134,6 +141,7 @@ def test_the_multi_task_model_learns_and_its_regions_are_kept(done):
     assert max(sizes) <= both["share"] <= sum(sizes) + 1e-9
 
 
+@pytest.mark.slow
 def test_shares_of_energy_are_shares(done):
     _, summary, _ = done
     for method in ("sgd", "lora_r1"):
@@ -164,6 +172,7 @@ def test_a_rank_one_change_lies_in_its_own_direction():
         np.testing.assert_allclose(part["layers/mlp/up/kernel"], delta["layers/mlp/up/kernel"], atol=2.0)
 
 
+@pytest.mark.slow
 def test_scales_are_whole(done):
     for scale, setting in STUDY.scales.items():
         names = parts(setting)
@@ -178,6 +187,7 @@ def test_scales_are_whole(done):
         assert all(seed in bench.runs[a]["sgd"] for a, _ in setting.continual["pairs"] for seed in setting.continual["seeds"])
 
 
+@pytest.mark.slow
 def test_a_domain_with_other_classes_is_refused(done):
     context, _, _ = done
     from experiments.skill_localization import grafts

@@ -4,8 +4,10 @@ What a test cannot see of a method is a trait given to ``register`` (`registry.T
 parameters is a row ``name: (d_in, d_out, **hyper-parameters) -> count`` of the table COUNTS in a tests/kernels/test_*.py.
 """
 
+import functools
 import importlib
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -49,24 +51,60 @@ def merges(names):
     return all(trait(n, "merges") for n in names)
 
 
-def exact(x, kernel):
-    return np.asarray(x, np.float64) @ np.asarray(kernel.dense(), np.float64)
+def exact(x, dense):
+    return np.asarray(x, np.float64) @ np.asarray(dense, np.float64)
+
+
+@functools.cache
+def seen(*names, stack=()):
+    """What one program makes of the kernel on a matrix, or on each of a stack: as it starts, moved from there, after a step.
+
+    Compiling is what these tests cost: every promise below looks at the same program.
+    """
+    params, x = adapted(*names, shape=(*stack, D_IN, D_OUT)), matrix(*(stack or (2,)), 5, D_IN, seed=2)
+    trainable, frozen = tree.split(params, masks.declared(params, 0))
+    away = moved(params)["w"]["kernel"]
+
+    def loss(t):
+        out = kernels.dot(tree.join(t, frozen)["w"]["kernel"], x[0])
+        return jnp.square(out - 1).mean(), out
+
+    @jax.jit
+    def program(params, trainable, away, x):
+        out = {}
+        if merges(names):
+            out |= {"start": params["w"]["kernel"].dense(), "merged": kernels.merge(params)["w"]["kernel"], "dense": away.dense()}
+        if stack:
+            out["scanned"] = jax.lax.scan(lambda _, kx: (None, kernels.dot(*kx)), None, (away, x))[1]
+            out["mapped"] = jax.vmap(kernels.dot)(away, x)
+            out["alone"] = [kernels.dot(jax.tree.map(lambda leaf, i=i: leaf[i], away), x[i]) for i in range(*stack)]
+        else:
+            out |= {"dot": kernels.dot(away, x), "half": kernels.dot(away, x.astype(jnp.bfloat16))}
+        if trainable and not stack:
+            step = optax.adam(1e-2)
+            (before, first), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+            moves, state = step.update(grads, step.init(trainable))
+            after, then = loss(optax.apply_updates(trainable, moves))
+            out |= {"grads": grads, "state": state, "losses": (before, after), "outputs": (first, then)}
+        return out
+
+    return SimpleNamespace(params=params, trainable=trainable, frozen=frozen, x=x, **program(params, trainable, away, x))
 
 
 @pytest.mark.parametrize("names, stack", [((n,), stack) for n in MERGED for stack in ((), (LAYERS,))]
                          + [pytest.param(pair, (), marks=pytest.mark.slow) for pair in NESTED if merges(pair)],
                          ids=lambda x: "+".join(map(str, x)) or "single")  # fmt: skip
 def test_the_start_is_as_declared(names, stack):
-    params = adapted(*names, shape=(*stack, D_IN, D_OUT))
-    kernel, w = params["w"]["kernel"], matrix(*stack, D_IN, D_OUT)
+    run, w = seen(*names, stack=stack), matrix(*stack, D_IN, D_OUT)
+    kernel = run.params["w"]["kernel"]
     assert kernels.is_kernel(kernel)
     assert (kernel.shape, kernel.dtype) == (w.shape, w.dtype) or start_of(names) == "moved"
-    assert kernel.dense().shape == w.shape
-    np.testing.assert_array_equal(kernels.merge(params)["w"]["kernel"], kernel.dense())
+    assert (run.start.shape, run.start.dtype) == (w.shape, jnp.float32)
+    np.testing.assert_array_equal(run.merged, run.start)
     if start_of(names) == "moved":
-        assert not np.allclose(kernel.dense(), w, rtol=0, atol=1e-5)
+        assert not np.allclose(run.start, w, rtol=0, atol=1e-5)
     else:
-        np.testing.assert_allclose(kernel.dense(), w, rtol=0, atol=5e-6 if start_of(names) == "rounded" else 0)
+        np.testing.assert_allclose(run.start, w, rtol=0, atol=5e-6 if start_of(names) == "rounded" else 0)
 
 
 @pytest.mark.parametrize("name", [n for n in KERNELS if not trait(n, "merges")])
@@ -95,54 +133,43 @@ def test_the_trainable_count_is_the_papers(name):
 
 @pytest.mark.parametrize("names", [e for e in EVERY if merges(getattr(e, "values", (e,))[0])], ids="+".join)
 def test_dot_is_product_with_dense(names):
-    kernel, x = moved(adapted(*names))["w"]["kernel"], matrix(2, 5, D_IN, seed=2)
-    expected = exact(x, kernel)
+    run = seen(*names)
+    expected = exact(run.x, run.dense)
     if fields_of(*names):
-        assert np.abs(expected - exact(x, adapted(*names)["w"]["kernel"])).max() > 0.1, "the trainable fields must matter"
+        assert np.abs(expected - exact(run.x, run.start)).max() > 0.1, "the trainable fields must matter"
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(kernels.dot(kernel, x), expected, rtol=0, atol=1e-5 * scale)
-    half = kernels.dot(kernel, x.astype(jnp.bfloat16))
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), expected, rtol=0, atol=2e-2 * scale)
-    assert kernel.dense().dtype == jnp.float32
+    np.testing.assert_allclose(run.dot, expected, rtol=0, atol=1e-5 * scale)
+    assert run.half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(run.half.astype(jnp.float32), expected, rtol=0, atol=2e-2 * scale)
+    assert run.dense.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", COSTLY)
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_stack_is_scanned_and_mapped_layer_by_layer(name):
-    kernel, x = moved(adapted(name, shape=(LAYERS, D_IN, D_OUT)))["w"]["kernel"], matrix(LAYERS, 5, D_IN, seed=2)
-    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], kernel) for i in range(LAYERS)]
-    expected = exact(x, kernel) if trait(name, "merges") else np.stack([k.dot(row) for k, row in zip(layers, x, strict=True)])
-    tolerance = {"rtol": 0, "atol": 1e-5 * np.abs(expected).max()}
-    _, scanned = jax.lax.scan(lambda _, kx: (None, kernels.dot(*kx)), None, (kernel, x))
-    np.testing.assert_allclose(scanned, expected, **tolerance)
-    np.testing.assert_allclose(jax.vmap(kernels.dot)(kernel, x), expected, **tolerance)
+    run = seen(name, stack=(LAYERS,))
+    expected = exact(run.x, run.dense) if trait(name, "merges") else np.stack(run.alone)
+    for out in (run.scanned, run.mapped, run.alone):
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("names", EVERY, ids="+".join)
 def test_only_declared_fields_get_gradients_and_optimiser_state(names):
-    params, x = adapted(*names), matrix(5, D_IN, seed=2)
-    trainable, frozen = tree.split(params, masks.declared(params, 0))
-    paths, kernel = set(tree.flatten(trainable)), params["w"]["kernel"]
+    run = seen(*names)
+    paths = set(tree.flatten(run.trainable))
     assert all(fields_of(*names) & set(p.split("/")) for p in paths)
-    assert all(p not in paths for p in tree.flatten(frozen))
+    assert all(p not in paths for p in tree.flatten(run.frozen))
     if start_of(names) == "exact":
-        assert np.array_equal(next(iter(jax.tree.leaves(frozen))), matrix(D_IN, D_OUT)), "the base is kept as it came"
+        assert np.array_equal(next(iter(jax.tree.leaves(run.frozen))), matrix(D_IN, D_OUT)), "the base is kept as it came"
     if not fields_of(*names):
         assert not paths
         return
-
-    def loss(t):
-        return jnp.square(tree.join(t, frozen)["w"]["kernel"].dot(x) - 1).mean()
-
-    grads = jax.grad(loss)(trainable)
-    assert set(tree.flatten(grads)) == paths
-    assert float(optax.global_norm(grads)) > 0, "the first step must be able to move"
-    state = optax.adam(1e-2).init(trainable)
-    assert tree.count(state) == 2 * tree.count(trainable) + 1
-    moves, _ = optax.adam(1e-2).update(grads, state)
-    after = optax.apply_updates(trainable, moves)
-    assert float(loss(after)) < float(loss(trainable))
-    assert not np.array_equal(tree.join(after, frozen)["w"]["kernel"].dot(x), kernel.dot(x))
+    assert set(tree.flatten(run.grads)) == paths
+    assert any(np.any(g) for g in jax.tree.leaves(run.grads)), "the first step must be able to move"
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(run.grads))
+    assert tree.count(run.state) == 2 * tree.count(run.trainable) + 1
+    before, after = run.losses
+    assert after < before
+    assert not np.array_equal(*run.outputs)
 
 
 WIDTHS = [(768, 3072), (3072, 768)] * 6  # the stack that the counts in the design are of
@@ -183,7 +210,7 @@ def test_the_count_would_see_a_materialised_weight(full_flops):
 
 
 @pytest.mark.parametrize("name", COSTLY)
-def test_jit_remat_vmap_and_sharding_leave_the_loss_alone(name):
+def test_scan_remat_vmap_and_sharding_leave_the_loss_alone(name):
     weights = {n: {"kernel": matrix(LAYERS, 32, 32, seed=i) * 0.2} for i, n in enumerate(("q", "out"))}
     params = put({"layers": {"attn": weights}}, name)
     params = moved(params if fields_of(name) else put(params, "lora"), size=0.02)
@@ -195,24 +222,31 @@ def test_jit_remat_vmap_and_sharding_leave_the_loss_alone(name):
         body = wrap(lambda x, w: (jnp.tanh(kernels.dot(w["out"]["kernel"], kernels.dot(w["q"]["kernel"], x))), None))
         return jnp.square(jax.lax.scan(body, x, layers)[0]).mean()
 
+    def unrolled(t, f, x):
+        layers = tree.join(t, f)["layers"]["attn"]
+        for i in range(LAYERS):
+            w = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+            x = jnp.tanh(kernels.dot(w["out"]["kernel"], kernels.dot(w["q"]["kernel"], x)))
+        return jnp.square(x).mean()
+
     run = jax.value_and_grad(loss)
 
     @jax.jit
     def alone(trainable, frozen, x):
         pair = jax.tree.map(lambda x: jnp.stack([x + 1, x]), trainable)
         return {
-            "jit": run(trainable, frozen, x),
+            "unrolled": jax.value_and_grad(unrolled)(trainable, frozen, x),
+            "scanned": run(trainable, frozen, x),
             "remat": run(trainable, frozen, x, jax.checkpoint),
             "vmap": jax.tree.map(lambda x: x[1], jax.vmap(run, (0, None, None))(pair, frozen, x)),
         }
 
-    with jax.disable_jit():
-        expected = run(trainable, frozen, x)
     mesh = parallel.make_mesh(2, 2, 2)
     spread = [parallel.shard(t, mesh) for t in (trainable, frozen)]
     assert any(not s.is_fully_replicated for s in (leaf.sharding for leaf in jax.tree.leaves(spread)))
-    others = alone(trainable, frozen, x) | {"sharded": jax.jit(run)(*spread, parallel.shard_batch({"x": x}, mesh)["x"])}
-    for value, grads in others.values():
+    found = alone(trainable, frozen, x) | {"sharded": jax.jit(run)(*spread, parallel.shard_batch({"x": x}, mesh)["x"])}
+    expected = found.pop("unrolled")
+    for value, grads in found.values():
         np.testing.assert_allclose(value, expected[0], rtol=1e-5)
         assert_trees_close(grads, expected[1], rtol=1e-4, atol=2e-6)
 

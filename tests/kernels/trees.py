@@ -81,6 +81,5 @@ def moved(params, seed=1, size=0.3):
     """The same tree with every trainable field away from its start."""
     mask = masks.declared(params, 0)
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda m, x: x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype) if m else x, mask, params
-    )
+    draw = lambda x: np.asarray(x) + (size * rng.standard_normal(x.shape)).astype(x.dtype)  # noqa: E731 -- numpy compiles nothing
+    return jax.tree.map(lambda m, x: jnp.asarray(draw(x)) if m else x, mask, params)

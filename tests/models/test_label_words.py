@@ -119,7 +119,7 @@ def script(name, *args):
     runpy.run_path(str(folders.ROOT / "scripts" / name))["main"](list(args))
 
 
-@pytest.fixture(scope="module", params=TEMPLATES)
+@pytest.fixture(scope="module", params=[n if n == "llama" else pytest.param(n, marks=pytest.mark.slow) for n in TEMPLATES])
 def run(home, request, tmp_path_factory):
     """A finished run: (its config, its folder, its summary)."""
     cfg, folder = config(home, request.param), tmp_path_factory.mktemp("run") / request.param
@@ -152,6 +152,7 @@ def test_a_run_learns_and_is_loaded_again(run, tmp_path):
     assert raw["architectures"] == [{"encoder": "BertForMaskedLM", "decoder": "LlamaForCausalLM"}[model.config.kind]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["masked"], indirect=True)
 def test_a_run_is_exported_and_grafted(run, tmp_path):
     cfg, folder, _ = run

@@ -129,7 +129,7 @@ def test_a_token_reaches_what_it_may(family, reach):
         assert moved.tolist() == expected
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
 def test_remat_saves_memory_and_leaves_gradients_alone(family):
     outcomes, sizes = {}, {}
     for remat in L.REMAT:

@@ -105,6 +105,7 @@ def test_a_batch_holds_each_answer_twice_by_seed_and_step(home):
     np.testing.assert_array_equal(rows["paraphrase_input_ids"], stream[5]["paraphrase_input_ids"][4:])
 
 
+@pytest.mark.slow
 def test_held_out_paraphrases_come_closer_with_the_term_than_without(home):
     keys = {"steps": 40, "eval": {"every": 20, "batch_size": 8, "metric": "divergence"}, "log": {"tensorboard": False},
             "optimizer": {"learning_rate": 3e-3}}  # fmt: skip

@@ -62,12 +62,6 @@ def world(request, real_model, tmp_path_factory):
     return World(name, str(folder), model, params, made, found.gather(range(ROWS)))
 
 
-@pytest.fixture(autouse=True)
-def no_program_twice():
-    yield
-    jax.clear_caches()
-
-
 def losses(world, params, mask, tx, batch=None):
     """The loss before each step and after the last but one."""
     trainable, frozen = tree.split(params, mask)

@@ -64,7 +64,8 @@ def tapped(name, family="bert", head=None, frozen=0, **hp):
 def moved(params, size=0.2, seed=1):
     """The same tree with what taps train away from its start."""
     rng, mask = np.random.default_rng(seed), masks.declared(params, 0)
-    return jax.tree.map(lambda m, x: x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype) if m else x, mask, params)
+    draw = lambda x: np.asarray(x) + (size * rng.standard_normal(x.shape)).astype(x.dtype)  # noqa: E731 -- numpy compiles nothing
+    return jax.tree.map(lambda m, x: jnp.asarray(draw(x)) if m else x, mask, params)
 
 
 def tap_at(params, site):
