@@ -342,10 +342,9 @@ def _changed(cfg, change):
 def _config_of(model, data):
     from ft_jax import train
 
-    cfg = train.complete({"steps": 2, "batch_size": 4, "model": {"path": model, "head": "classification"}, "mesh": {"data": 1},
-                          "method": {"kernels": [["layers/attn/[qv]/kernel", "lora(rank=2)"]]},
-                          "data": {"source": data, "num_labels": 2, "max_length": 8}, "optimizer": {"hp": {"weight_decay": 0.1}}})  # fmt: skip
-    return cfg
+    return train.complete({"steps": 2, "batch_size": 4, "model": {"path": model, "head": "classification"}, "mesh": {"data": 1},
+                           "method": {"kernels": [["layers/attn/[qv]/kernel", "lora(rank=2)"]]},
+                           "data": {"source": data, "num_labels": 2, "max_length": 8}, "optimizer": {"hp": {"weight_decay": 0.1}}})  # fmt: skip
 
 
 def _load_config(name, home, value):
