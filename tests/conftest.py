@@ -34,21 +34,17 @@ def pytest_collection_finish():
     gc.set_threshold(20_000, 20, 20)
 
 
-@pytest.fixture(scope="session")
-def limit():
-    return [LARGE]
-
-
 @pytest.fixture(autouse=True)
-def forget_programs(limit):
+def forget_programs():
     """A process that has grown large drops its programs; a small one keeps them, for the next test would compile some again."""
+    global LARGE
     yield
-    if "jax" in sys.modules and resident() > limit[0]:
+    if "jax" in sys.modules and resident() > LARGE:
         sys.modules["jax"].clear_caches()
         gc.collect()
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)  # what is freed stays with the process otherwise
-        limit[0] = max(LARGE, 1.5 * resident())
+        LARGE = max(LARGE, 1.5 * resident())
 
 
 def resident():

@@ -144,6 +144,7 @@ def test_what_a_plan_refuses(call, message):
         call()
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """On virtual devices, two slices of four; and the file of rows."""
     out = tmp_path / "rows.json"

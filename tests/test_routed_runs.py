@@ -47,6 +47,7 @@ def last_losses(workdir):
     return float(np.mean([row["train/loss"] for row in rows if "train/loss" in row][-4:]))
 
 
+@pytest.mark.slow
 def test_a_bank_learns_contradicting_sources_by_their_task_ids(home):
     """The same texts under opposite labels: a model that sees no ids cannot get under ln 2 = 0.69."""
     engine.train(config(home, "bank(adapters=2, rank=4)"), home / "bank")

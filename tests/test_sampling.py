@@ -14,11 +14,12 @@ PROMPTS = [[7, 9, 11, 30, 12], [21], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50
 
 
 def by_hand(model, params, prompt, new):
-    """Greedy tokens, each from a forward pass over all that came before."""
-    ids = list(prompt)
+    """Greedy tokens, each from a forward pass over all that came before; behind it padding, so that one program does."""
+    ids, run, length = list(prompt), jax.jit(model.apply), max(map(len, PROMPTS)) + new
     for _ in range(new):
-        logits = model.apply(params, {"input_ids": jnp.asarray([ids])})
-        ids.append(int(logits[0, -1].argmax()))
+        behind = [0] * (length - len(ids))
+        batch = {"input_ids": np.asarray([ids + behind]), "attention_mask": np.asarray([[1] * len(ids) + behind])}
+        ids.append(int(run(params, batch)[0, len(ids) - 1].argmax()))
     return ids[len(prompt) :]
 
 

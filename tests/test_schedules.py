@@ -84,11 +84,14 @@ def test_gates_under_vmap_are_those_of_each_run(name, scores):
     mask, rates = text_of(name, scores, "moments=restart" if restart else ""), jnp.asarray([1e-2, 3e-2])
 
     def steps(rate, state):
-        tx, params = updates.build("adamw", learning_rate=rate, steps=9, clip=1.0, mask=mask)[0], make()
-        for _ in range(3):
+        tx = updates.build("adamw", learning_rate=rate, steps=9, clip=1.0, mask=mask)[0]
+
+        def step(run, _):
+            params, state = run
             moves, state = tx.update(jax.grad(gate_trees.loss)(params), state, params)
-            params = jax.tree.map(jnp.add, params, moves)
-        return params
+            return (jax.tree.map(jnp.add, params, moves), state), None
+
+        return jax.lax.scan(step, (make(), state), None, length=3)[0][0]
 
     state = build(mask, clip=1.0).init(make())
     both = jax.jit(jax.vmap(steps, in_axes=(0, None)))(rates, state)

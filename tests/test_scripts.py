@@ -52,6 +52,7 @@ def grafted(home, script):
     return json.loads((home / "graft" / "graft.json").read_text()), home / "graft"
 
 
+@pytest.mark.slow
 def test_train_prints_the_summary_and_no_library_logs(home):
     summary = json.loads((home / "said.json").read_text())
     assert summary == json.loads((home / "run" / "DONE").read_text())

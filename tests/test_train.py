@@ -169,6 +169,7 @@ def test_bfloat16_computes_in_16_bits_and_keeps_32(home):
     assert products and sum(":bf16" in line for line in products) > len(products) / 2
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_and_no_loss(home):
     found = {}
     for remat in ("none", "dots", "full"):
