@@ -108,8 +108,8 @@ def summarised(benchmark, row):
     """One JSON row from the samples of ours and the peer."""
     ours, peer = statistics.median(row["ours"]), statistics.median(row["peer"]) if row["peer"] else None
     ratio = (ours / peer if row["unit"].endswith("/s") else peer / ours) if peer else None
-    return {"benchmark": f"{benchmark}: {row['name']}", "ours": ours, "peer": peer, "peer_name": row["peer_name"], "ratio": ratio, "spread": [_spread(row["ours"]), _spread(row["peer"] or [0.0])],
-            "unit": row["unit"], "machine": machine()}  # fmt: skip
+    return {"benchmark": f"{benchmark}: {row['name']}", "ours": ours, "peer": peer, "peer_name": row["peer_name"], "ratio": ratio,
+            "spread": [_spread(row["ours"]), _spread(row["peer"] or [0.0])], "unit": row["unit"], "machine": machine()}  # fmt: skip
 
 
 def _line(row):
@@ -149,8 +149,8 @@ def main(argv=None):
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the rows")
     parser.add_argument("--repeats", type=int, default=3, help="times that ours and the peer take turns (3)")
     parser.add_argument("--layers", type=int, help="layers of the model shapes that are run (all)")
-    parser.add_argument("--shape", default="smollm2-135m", help=f"model of the train, generation, bank and memory benchmarks: {', '.join(plan.SHAPES)}")
-    parser.add_argument("--dtype", default="float32", choices=sorted(models.DTYPES), help="of activations and products there; torch's autocast alike")
+    parser.add_argument("--shape", default="smollm2-135m", help=f"model of those of models (smollm2-135m): {', '.join(plan.SHAPES)}")
+    parser.add_argument("--dtype", default="float32", choices=sorted(models.DTYPES), help="of activations and products of train and memory")
     args = parser.parse_args(argv)
     if args.shape not in plan.SHAPES:
         raise errors.UserError(f"no model shape called {args.shape!r}{errors.nearest(args.shape, plan.SHAPES)}")

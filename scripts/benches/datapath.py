@@ -1,5 +1,6 @@
 """The path of packed examples to the device: tokens a second, and how long a step waits for its batch."""
 
+import contextlib
 import time
 
 import jax
@@ -51,15 +52,15 @@ def _torch_drawn(data, batch, count):
 
 def _waits(data, spec, steps):
     """Shares of a step's time for which the engine's step waited on its batch."""
-    step, held = ours.engine_step(spec), []
+    (step, *_), shares = ours.engine_step(spec), []
     batches, mesh = pipeline.prefetch(pipeline.batches(data, spec["batch"], 0)), parallel.make_mesh(data=1, devices=jax.devices()[:1])
     for _ in range(steps + 1):
         started = time.perf_counter()
         placed = parallel.shard_batch(next(batches), mesh)
         got = time.perf_counter()
         step(placed)
-        held.append((got - started) / (time.perf_counter() - started))
-    return held[1:]  # the first one compiles
+        shares.append((got - started) / (time.perf_counter() - started))
+    return shares[1:]  # the first one compiles
 
 
 def rows(shape="smollm2-135m", layers=None, repeats=3, examples=20000, batch=8, length=256, count=200, steps=10):
@@ -70,10 +71,8 @@ def rows(shape="smollm2-135m", layers=None, repeats=3, examples=20000, batch=8, 
     speed = {"ours": [], "peer": []}
     for _ in range(repeats):
         speed["ours"].append(_drawn(data, batch, count))
-        try:
+        with contextlib.suppress(ImportError):
             speed["peer"].append(_torch_drawn(data, batch, count))
-        except ImportError:
-            pass
     yield {"name": f"packed {text}", **speed, "peer_name": "torch DataLoader, 2 workers" if speed["peer"] else "none", "unit": "tokens/s"}
     sizes = ours.sizes_of(shape, layers or 2)
     waits = _waits(data, {"sizes": sizes, "method": "lora", "batch": batch, "length": length}, steps)

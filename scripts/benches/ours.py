@@ -48,8 +48,9 @@ def _engine(spec):
 
 
 def engine_step(spec):
-    """``batch -> metrics``, each call a training step that has ended."""
+    """``(batch -> metrics, trainable, frozen)``: each call is a training step that has ended; the halves are shapes."""
     run, state, frozen = _engine(spec)
+    shapes = jax.eval_shape(lambda *halves: halves, state.trainable, frozen)
     held = {"state": state}
     del state
 
@@ -58,15 +59,14 @@ def engine_step(spec):
         jax.block_until_ready(held["state"])
         return metrics
 
-    step.state, step.frozen = held, frozen
-    return step
+    return step, *shapes
 
 
 def train_step(spec):
     """A training step on the weights of ``spec["folder"]``."""
-    advance, ids = engine_step(spec), tokens(spec)
+    (advance, *halves), ids = engine_step(spec), tokens(spec)
     batch = jax.device_put({"input_ids": ids, "attention_mask": np.ones_like(ids), "loss_mask": np.ones_like(ids)})
-    trains, frozen = (tree.flatten(x) for x in (advance.state["state"].trainable, advance.frozen))
+    trains, frozen = (tree.flatten(half) for half in halves)
     weights = [x.size for path, x in frozen.items() if not path.endswith("kernel/scale")]  # alpha / rank is no parameter to the peers
     facts = {"parameters": tree.count(trains) + sum(weights), "trainable": tree.count(trains)}
 

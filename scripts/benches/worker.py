@@ -30,7 +30,7 @@ class Worker:
     """
 
     def __init__(self, side, spec, python=None):
-        self.side, self.log = side, tempfile.TemporaryFile()
+        self.side, self.log = side, tempfile.TemporaryFile()  # noqa: SIM115 (close has it)
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen([python or sys.executable, __file__, side, json.dumps(spec)], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment)  # fmt: skip
