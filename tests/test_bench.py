@@ -1,4 +1,4 @@
-"""The benchmark table: rows and their file, what is named in errors, and the spectral ones on tiny shapes."""
+"""The benchmark table: rows and their file, what is named in errors, and the benchmarks themselves on tiny shapes."""
 
 import json
 
@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from scripts import bench
-from scripts.benches import spectra
+from scripts.benches import datapath, memory, ours, peers, serving, spectra, steps, worker
+
+TINY = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64, "tie_word_embeddings": True}  # fmt: skip
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def test_medians_ratio_and_spread(made_up, tmp_path, capsys):
 
 @pytest.mark.parametrize("argument,message", [
     ("--only=othr", "names no benchmark; nearest: 'other'"), ("--only=(", "not a regular expression"),
-    ("--repeats=0", "--repeats=0: at least 1"), ("--layers=-1", "--layers=-1: at least 1"),
+    ("--shape=smollm", "no model shape called 'smollm'; nearest: 'smollm2-135m'"), ("--repeats=0", "--repeats=0: at least 1"), ("--layers=-1", "--layers=-1: at least 1"),
 ])
 def test_bad_arguments_are_named(made_up, capsys, argument, message):
     with pytest.raises(SystemExit) as error:
@@ -75,3 +78,73 @@ def test_weights_have_the_spectrum_that_is_said():
     sigma = np.linalg.svd(spectra.weights(np.random.default_rng(0), (384, 384)), compute_uv=False)
     assert sigma[9] / sigma[0] == pytest.approx(0.75, abs=0.05)
     assert sigma[192] / sigma[0] == pytest.approx(0.17, abs=0.02)
+
+
+def test_more_tokens_a_second_are_better():
+    row = bench.summarised("x", {"name": "y", "ours": [30.0], "peer": [10.0], "peer_name": "peer", "unit": "tokens/s"})
+    assert row["ratio"] == 3
+
+
+def test_a_step_beside_the_peer_s_in_processes_of_their_own(monkeypatch):
+    monkeypatch.setattr(worker, "python_of", lambda package, own=worker.python_of: None if package == "tunix" else own(package))
+    rows = {row["name"]: row for row in steps.rows("lora", 2, 8, TINY, repeats=1)}
+    assert list(rows) == ["lora 2x8, step", "lora 2x8, step, CPU time", "lora 2x8, peak memory"]
+    assert all(len(row["ours"]) == len(row["peer"]) == 1 and row["ours"][0] > 0 and row["peer"][0] > 0 for row in rows.values())
+    assert all(row["peer_name"] == "torch + PEFT" for row in rows.values())
+    assert 0.05 < rows["lora 2x8, peak memory"]["ours"][0] < 4
+
+
+def test_peers_do_the_same_work_and_say_the_same(tmp_path):
+    pytest.importorskip("transformers")
+    spec = {"sizes": TINY, "folder": ours.weights(tmp_path, TINY), "batch": 2, "length": 8, "method": "full", "new": 6}
+    (facts, step), (peer_facts, peer_step) = ours.train_step(spec), peers.torch_step(spec)
+    found = [[side()["loss"] for _ in range(3)] for side in (step, peer_step)]
+    assert facts == peer_facts and facts["parameters"] == facts["trainable"]
+    np.testing.assert_allclose(*found, atol=1e-4)
+    assert found[0][2] < found[0][0]
+    assert ours.generate(spec)[1]() == peers.torch_generate(spec)[1]()
+
+
+def test_sides_that_do_other_work_end_the_benchmark():
+    facts, spec = {"parameters": 9, "trainable": 2}, {"method": "full"}
+    one, far = {"loss": 1.0}, {"loss": 1.01}
+    steps.check(spec, {"ours": facts, "torch": facts}, {"ours": one, "torch": one}, {"ours": [one], "torch": [one]})
+    with pytest.raises(RuntimeError, match="torch has 3 trainable, ours 2"):
+        steps.check(spec, {"ours": facts, "torch": facts | {"trainable": 3}}, {}, {})
+    with pytest.raises(RuntimeError, match="torch has the loss 1.01, ours 1.0"):
+        steps.check(spec, {"ours": facts, "torch": facts}, {"ours": one, "torch": one}, {"ours": [one], "torch": [far]})
+
+
+def test_a_missing_peer_is_said_and_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(worker, "python_of", lambda package: None)
+    found, lines = steps.sides({"method": "lora"})
+    assert list(found) == ["ours"] and len(lines) == 2
+    assert lines[1] == "tunix is not installed, so its rows are left out: requirements-bench.txt; FT_JAX_BENCH_PYTHON may name a Python that has it"
+    assert list(steps.sides({"method": "lora", "dtype": "bfloat16"})[1]) == lines[:1]
+    one = {"seconds": 2.0, "cpu_seconds": 3.0, "peak_bytes": 2**30, "loss": 1.0}
+    rows = list(steps._compared("lora 2x8", {"ours": one}, {"ours": [one]}))
+    assert [row["peer"] for row in rows] == [[]] * 4 and rows[0]["peer_name"] == "none"
+
+
+def test_a_side_that_fails_says_why():
+    with pytest.raises(RuntimeError, match="(?s)worker:nothing ended with status 1.*no attribute 'nothing'"):
+        worker.Worker("worker:nothing", {})
+
+
+def test_memory_by_method():
+    rows = {row["name"]: row for row in memory.rows(TINY | {"vocab_size": 512}, shapes=((2, 32),), remats=("none", "full"))}
+    assert len(rows) == 9
+    full, lora = (rows[f"{m}, gradient and optimizer"]["ours"][0] for m in ("full", "lora"))
+    assert lora == rows["qlora, gradient and optimizer"]["ours"][0] < full
+    assert rows["qlora 2x32, remat full, peak"]["ours"] < rows["lora 2x32, remat full, peak"]["ours"] < rows["full 2x32, remat full, peak"]["ours"]
+
+
+def test_a_bank_beside_one_adapter():
+    rows = list(serving.bank(TINY, repeats=2, adapters=4, length=8, layers=1))
+    assert [row["peer_name"] for row in rows] == ["one adapter", "no adapter"] and all(len(row["ours"]) == len(row["peer"]) == 2 for row in rows)
+
+
+def test_packed_batches_and_waiting():
+    rows = list(datapath.rows(TINY | {"vocab_size": 49152}, layers=1, repeats=1, examples=200, batch=2, length=32, count=4, steps=2))
+    assert [row["unit"] for row in rows] == ["tokens/s", "tokens/s", "% of step"]
+    assert rows[0]["ours"][0] > 0 and rows[1]["ours"][0] > 0 and all(0 <= share < 100 for share in rows[2]["ours"])

@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ft_jax.errors import UserError
 
@@ -54,7 +56,30 @@ def dot(w, x):
     """``x @ w`` for an array or a kernel, in the dtype of x."""
     if is_kernel(w):
         return w.dot(x)
-    return jnp.matmul(x, w.astype(x.dtype))
+    w = w.astype(x.dtype)
+    return _product(x, w) if w.ndim == 2 else jnp.matmul(x, w)
+
+
+@jax.custom_vjp
+def _product(x, w):
+    """``x @ w``; the gradient of w is xᵀ g, of which JAX's own rule makes (gᵀ x)ᵀ: XLA on CPU would write g again, turned."""
+    return jnp.matmul(x, w)
+
+
+def _product_forward(x, w):
+    # Only what a wanted gradient needs is kept: a frozen matrix keeps no activations for the backward pass.
+    return jnp.matmul(x.value, w.value), (x.value if w.perturbed else None, w.value if x.perturbed else None)
+
+
+def _product_backward(kept, g):
+    x, w = kept
+    if isinstance(g, SymbolicZero):
+        return None, None
+    rows = tuple(range(g.ndim - 1))
+    return None if w is None else jnp.matmul(g, w.T), None if x is None else jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+
+
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 def dense(w):

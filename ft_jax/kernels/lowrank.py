@@ -24,8 +24,8 @@ class LowRank(Kernel):
     trainable = ("a", "b")
 
     def dot(self, x):
-        low = jnp.matmul(jnp.matmul(x, self.a.astype(x.dtype)), self.b.astype(x.dtype))
-        return dot(self.base, x) + low * self.scale.astype(x.dtype)
+        # scaled where it is narrow: no product of the matrix's output with a number is kept for the backward pass
+        return dot(self.base, x) + dot(self.b, dot(self.a, x) * self.scale.astype(x.dtype))
 
     def dense(self):
         low = jnp.einsum("...ir,...ro->...io", self.a, self.b, precision="highest")

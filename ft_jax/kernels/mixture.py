@@ -28,14 +28,14 @@ class Routed(Kernel):
         return self.factors(jnp.zeros((), jnp.int32) if self.tasks is None else self.tasks)
 
     def dot(self, x):
-        a, b = (f.astype(x.dtype) for f in self._factors())
+        (a, b), scale = (f.astype(x.dtype) for f in self._factors()), self.scale.astype(x.dtype)
         if a.ndim == 2:
-            low = jnp.matmul(jnp.matmul(x, a), b)
+            low = dot(b, dot(a, x) * scale)
         elif a.shape[0] == x.shape[0]:
-            low = jnp.einsum("b...r,bro->b...o", jnp.einsum("b...i,bir->b...r", x, a), b)
+            low = jnp.einsum("b...r,bro->b...o", jnp.einsum("b...i,bir->b...r", x, a) * scale, b)
         else:
             raise UserError(f"{a.shape[0]} rows have a task, the batch has {x.shape[0]} rows")
-        return dot(self.base, x) + low * self.scale.astype(x.dtype)
+        return dot(self.base, x) + low
 
     def dense(self):
         if len(self.shape) > 2:

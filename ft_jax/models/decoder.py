@@ -101,7 +101,7 @@ class GatedMLP(nn.Module):
         c = self.config
         gate = L.Dense(c.intermediate_size, c.mlp_bias, name="gate")(x)
         up = L.Dense(c.intermediate_size, c.mlp_bias, name="up")(x)
-        y = tap("ffn_hidden", L.ACTIVATION_FNS[c.activation](gate) * up)
+        y = tap("ffn_hidden", L.kept_inputs(lambda gate, up: L.ACTIVATION_FNS[c.activation](gate) * up, gate, up))
         return L.Dense(c.hidden_size, c.mlp_bias, name="down")(y)
 
 

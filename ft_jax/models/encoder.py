@@ -106,7 +106,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x, tap):
         c = self.config
-        y = L.ACTIVATION_FNS[c.activation](L.Dense(c.intermediate_size, name="up")(x))
+        y = L.kept_inputs(L.ACTIVATION_FNS[c.activation], L.Dense(c.intermediate_size, name="up")(x))
         return L.Dense(c.hidden_size, name="down")(tap("ffn_hidden", y))
 
 

@@ -77,12 +77,14 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        def normed(x, scale, bias):
+            y = x.astype(jnp.float32)
+            y = y - y.mean(-1, keepdims=True)
+            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+            return (y * scale + bias).astype(x.dtype)
+
         scale = weight(self, "scale", nn.initializers.ones, (x.shape[-1],))
-        bias = weight(self, "bias", nn.initializers.zeros, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * scale + bias).astype(x.dtype)
+        return kept_inputs(normed, x, scale, weight(self, "bias", nn.initializers.zeros, (x.shape[-1],)))
 
 
 class RMSNorm(nn.Module):
@@ -92,10 +94,17 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = weight(self, "scale", nn.initializers.ones, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * scale).astype(x.dtype)
+        def normed(x, scale):
+            y = x.astype(jnp.float32)
+            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+            return (y * scale).astype(x.dtype)
+
+        return kept_inputs(normed, x, weight(self, "scale", nn.initializers.ones, (x.shape[-1],)))
+
+
+def kept_inputs(fn, *args):
+    """``fn(*args)`` of which the backward pass keeps the arguments alone: for what is cheap to make again and large to keep."""
+    return jax.checkpoint(fn, prevent_cse=False)(*args)  # in a scan, where it stands, nothing could be shared with the forward pass
 
 
 def dropout(x, rate, rng):
@@ -120,7 +129,7 @@ def attend(q, k, v, allowed, rate=0.0, rng=None, shares=1):
     if rng is None or rate == 0.0:
         blocks = query_blocks(q.shape[1], q.shape[0] * q.shape[2] * k.shape[1] // shares)
         if blocks == 1:
-            return jax.nn.dot_product_attention(q, k, v, mask=allowed)
+            return kept_inputs(lambda *qkv: jax.nn.dot_product_attention(*qkv, mask=allowed), q, k, v)
         # Every blocks-th query is one block's, so that each device has its part of all blocks where tokens are spread.
         cut = (jnp.moveaxis(x.reshape(*x.shape[:i], -1, blocks, *x.shape[i + 1 :]), i + 1, 0) for i, x in ((1, q), (2, allowed)))
         block = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part[0], k, v, mask=part[1]))
@@ -229,11 +238,22 @@ def run_layers(layer, stacks, x, context, per_layer, rng, remat, given=None, mes
     return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *captured)
 
 
+def apart(params):
+    """``params`` whose layers are a tuple of stacks of one, so that a loop around the model finds each layer's weights in one piece.
+
+    A scan cuts them from the stack, which copies them: nothing beside the products of many tokens, and as much as those of a few.
+    """
+    stacks = [params[name] for name in ("frozen_layers", "layers") if name in params]
+    each = tuple(jax.tree.map(lambda x, i=i: x[i : i + 1], stack) for stack in stacks for i in range(stack_size(stack)))
+    return {name: value for name, value in params.items() if name != "frozen_layers"} | {"layers": each}
+
+
 def stacked_params(module, layer, count, *args):
-    """The layer stacks of a model: ``[frozen_layers, layers]`` if the stack is split, else ``[layers]``."""
+    """The layer stacks of a model: ``[frozen_layers, layers]`` if the stack is split, each layer's if it is `apart`, else ``[layers]``."""
     if module.has_variable("params", "layers"):
         names = [n for n in ("frozen_layers", "layers") if module.has_variable("params", n)]
-        return [module.get_variable("params", n) for n in names]
+        found = [module.get_variable("params", n) for n in names]
+        return [*found[0]] if isinstance(found[0], tuple) else found
 
     def init(rng):
         return jax.vmap(lambda r: layer.init(r, *args)["params"])(jax.random.split(rng, count))

@@ -44,7 +44,7 @@ def test_stretches_give_what_all_logits_at_once_do(case, monkeypatch):
     parts, found, cut = gradients(case, monkeypatch, 3 * 4 * 64)  # stretches of four of eleven tokens: the last is padded
     assert "tensor<3x11x64xf32>" in whole and "tensor<3x11x64xf32>" not in parts, "no array of all logits"
     assert_trees_close(found, at_once, rtol=2e-6)
-    assert_trees_close(cut, grads, rtol=1e-5, atol=1e-7)
+    assert_trees_close(cut, grads, rtol=1e-5, atol=5e-7)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) > 1e-3
 
 
