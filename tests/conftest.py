@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile thousands of tiny programs and run each a few times: compiling less well, and with the older and simpler
-# emitters, takes a third of the time.
+# emitters, takes a third less time.
 os.environ["XLA_FLAGS"] = " ".join((
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",

@@ -32,6 +32,7 @@ def test_review_splits_are_balanced_and_disjoint(name):
     assert not seen["validation"] & seen["test"]
 
 
+@pytest.mark.slow
 def test_imdb_and_rotten_tomatoes_do_not_overlap():
     imdb, rotten = ({normal(r["text"]) for s in bundled.REVIEWS[n] for r in rows(n, s)} for n in bundled.REVIEWS)
     assert len(imdb) == 24_800 and len(rotten) == 8_530

@@ -31,6 +31,7 @@ EVERY = [(n,) for n in KERNELS] + [pytest.param(pair, marks=pytest.mark.slow) fo
 # What a fast run compiles for devices and through a whole model: a kernel of each make.
 MADE = ("lora", "dora", "loha", "oft", "bone", "sparse", "nf4", "polytropon")
 COSTLY = [n if n in MADE else pytest.param(n, marks=pytest.mark.slow) for n in KERNELS]
+DEAREST = [n if n in ("dora", "oft", "nf4", "polytropon") else pytest.param(n, marks=pytest.mark.slow) for n in KERNELS]
 
 
 def fields_of(*names):
@@ -91,7 +92,8 @@ def seen(*names, stack=()):
     return SimpleNamespace(params=params, trainable=trainable, frozen=frozen, x=x, **program(params, trainable, away, x))
 
 
-@pytest.mark.parametrize("names, stack", [((n,), stack) for n in MERGED for stack in ((), (LAYERS,))]
+@pytest.mark.parametrize("names, stack", [((n,), ()) for n in MERGED]
+                         + [pytest.param((n,), (LAYERS,), marks=() if n in MADE else pytest.mark.slow) for n in MERGED]
                          + [pytest.param(pair, (), marks=pytest.mark.slow) for pair in NESTED if merges(pair)],
                          ids=lambda x: "+".join(map(str, x)) or "single")  # fmt: skip
 def test_the_start_is_as_declared(names, stack):
@@ -144,7 +146,7 @@ def test_dot_is_product_with_dense(names):
     assert run.dense.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", COSTLY)
 def test_a_stack_is_scanned_and_mapped_layer_by_layer(name):
     run = seen(name, stack=(LAYERS,))
     expected = exact(run.x, run.dense) if trait(name, "merges") else np.stack(run.alone)
@@ -209,7 +211,7 @@ def test_the_count_would_see_a_materialised_weight(full_flops):
     assert mlp_flops("lora", multiply=lambda w, x: x @ w.dense()) > full_flops
 
 
-@pytest.mark.parametrize("name", COSTLY)
+@pytest.mark.parametrize("name", DEAREST)
 def test_scan_remat_vmap_and_sharding_leave_the_loss_alone(name):
     weights = {n: {"kernel": matrix(LAYERS, 32, 32, seed=i) * 0.2} for i, n in enumerate(("q", "out"))}
     params = put({"layers": {"attn": weights}}, name)

@@ -65,7 +65,8 @@ def test_each_row_meets_the_matrix_of_its_task(text):
     np.testing.assert_allclose(pooled, got[:, 0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("text", [t if t.startswith("mhr") else pytest.param(t, marks=pytest.mark.slow) for t in ROUTED])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ROUTED)
 def test_a_routed_stack_runs_in_a_model_and_trains_the_tasks_it_met(text):
     model = make_model("llama")
     batch, ids = inputs(make_batch(model)), jnp.asarray([1, 3, 1, 1])

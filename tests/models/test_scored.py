@@ -38,7 +38,7 @@ def gradients(case, monkeypatch, limit):
     return fn.lower(trainable, frozen).as_text(), {"loss": loss, **metrics}, grads
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c if "train" in c or "int8" in c else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_stretches_give_what_all_logits_at_once_do(case, monkeypatch):
     whole, at_once, grads = gradients(case, monkeypatch, 10**9)
     parts, found, cut = gradients(case, monkeypatch, 3 * 4 * 64)  # stretches of four of eleven tokens: the last is padded

@@ -51,7 +51,7 @@ def test_a_term_of_the_weights_is_the_mean_over_all_matrices(text, name):
     assert float(metrics["loss"]) == pytest.approx(float(plain), rel=1e-6) and name not in measured
 
 
-@pytest.mark.parametrize("family, frozen", [("bert", 0), ("llama", 1)])
+@pytest.mark.parametrize("family, frozen", [("bert", 0), pytest.param("llama", 1, marks=pytest.mark.slow)])
 def test_the_balance_of_experts_in_numpy(family, frozen):
     """The gates of every matrix on what goes into it, which the model's own taps show; padding does not count."""
     objective, params, batch, model = setting("loramoe(experts=3, rank=2, balance=0.5, delta=0.2)", family, frozen=frozen)

@@ -51,6 +51,9 @@ OPTIONS = {
 FULL = ("llama", "bert-classification")
 ALL_RULES = [(name, rules) for name in MODELS for rules in RULES if name in FULL or rules == "lora"]
 ALL_OPTIONS = [(name, kind) for name in MODELS for kind in OPTIONS if name in FULL or kind == "plain"]
+QUICK = [("llama", "lora"), ("llama", "ranks"), ("llama", "plain"), ("llama", "patterns"), *((FULL[1], k) for k in ("lora", "plain"))]
+ALL_RULES, ALL_OPTIONS = ([pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in every]
+                          for every in (ALL_RULES, ALL_OPTIONS))
 IDS = np.random.default_rng(0).integers(3, 61, (2, 9))
 
 

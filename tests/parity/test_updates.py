@@ -80,6 +80,7 @@ def test_lisa_is_adamw_with_layers_frozen_and_thawed():
     theirs.assert_equal(found, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, hp", [("lisa", {"n": 2, "period": 3, "moments": "restart"}), ("hft", {"period": 3})])
 def test_rounds_with_restarts_are_runs_with_new_optimisers(name, hp):
     """A new torch optimiser every period for what is drawn, one for the whole run for what always trains."""
@@ -117,6 +118,7 @@ def test_a_fixed_gate_is_a_masked_gradient(mask):
     assert LAYERS > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.3, 0.5, 0.7, 1.0])
 def test_migu_keeps_the_outputs_that_its_published_code_keeps(share):
     """Its lines: outputs summed by a hook, kept from `torch.quantile(sums, 1 - share)` up, `weight.grad` times that, AdamW."""
@@ -147,6 +149,7 @@ def dropped(shape, key, rate):
     return np.asarray(jax.random.bernoulli(key, 1 - rate, shape))
 
 
+@pytest.mark.slow
 def test_cofitunes_soft_mask_beside_gates_in_torch(tmp_path, monkeypatch):
     """Its lines: gates of 1 on the outputs of up and down, KL of two training passes, signed slopes, tanh of their z-scores."""
     rate, rows, length, layers = 0.2, 2, 6, 3
@@ -192,6 +195,7 @@ def test_cofitunes_soft_mask_beside_gates_in_torch(tmp_path, monkeypatch):
     np.testing.assert_array_equal(plain["layers"]["mlp"]["gate"]["kernel"], moves["layers"]["mlp"]["gate"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, task, auto", [
     ("bert", "SEQ_CLS", transformers.AutoModelForSequenceClassification),
     ("llama", "CAUSAL_LM", transformers.AutoModelForCausalLM),

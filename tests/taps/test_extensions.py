@@ -163,7 +163,7 @@ def test_counts_of_variants(name, more):
     assert values[-1] < values[0] and all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("name", [n if n in ("p_tuning", "prefix_tuning", "l2m") else pytest.param(n, marks=pytest.mark.slow)
+@pytest.mark.parametrize("name", [n if n == "prefix_tuning" else pytest.param(n, marks=pytest.mark.slow)
                                   for n in NAMES])  # fmt: skip
 def test_jit_remat_vmap_sharding_and_bfloat16(name):
     """The same loss and gradients, and in bfloat16 nearly the same loss."""
