@@ -70,6 +70,12 @@ def make_objective(name, model, dropout=False):
     return train.make_objective(cfg, model, SimpleNamespace(mask_id=MASK))
 
 
+def nudged(x, size, rng):
+    """x plus normal numbers of that size; in numpy where it can be, which compiles nothing."""
+    by = (size * rng.standard_normal(x.shape)).astype(x.dtype)
+    return x + by if isinstance(x, jax.core.Tracer) else jnp.asarray(np.asarray(x) + by)
+
+
 def inputs(batch):
     return {k: batch[k] for k in ("input_ids", "attention_mask")}
 

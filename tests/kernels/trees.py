@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft_jax import kernels, masks, registry
+from tests.helpers import nudged
 
 D_IN, D_OUT, LAYERS = 24, 16, 3
 
@@ -81,5 +82,4 @@ def moved(params, seed=1, size=0.3):
     """The same tree with every trainable field away from its start."""
     mask = masks.declared(params, 0)
     rng = np.random.default_rng(seed)
-    draw = lambda x: np.asarray(x) + (size * rng.standard_normal(x.shape)).astype(x.dtype)  # noqa: E731 -- numpy compiles nothing
-    return jax.tree.map(lambda m, x: jnp.asarray(draw(x)) if m else x, mask, params)
+    return jax.tree.map(lambda m, x: nudged(x, size, rng) if m else x, mask, params)

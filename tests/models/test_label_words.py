@@ -178,6 +178,7 @@ def test_what_has_no_label_words_says_so(home, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["masked"], indirect=True)
 def test_the_folders_own_words_are_the_default(run, home, tmp_path):
     """A saved label-word model needs no head named; the words in its config give way to the data's."""

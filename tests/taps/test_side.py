@@ -14,6 +14,7 @@ from tests.helpers import assert_trees_close, inputs, make_batch, make_model, ma
 from tests.taps.trees import FAMILIES, moved, rule, setting, tapped
 
 NAMES = [m.name for m in registry.methods("tap") if m.traits["sites"] == "side"]
+COSTLY = [n if n in ("unipt", "qst") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 
 
 def with_side(name, family, head="none"):
@@ -78,7 +79,7 @@ def test_the_counts_would_see_a_backward_pass():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COSTLY)
 def test_what_it_reads_is_constant_to_the_gradient(name, family):
     """Even where every weight trains, the layers' gradient is that of the path past the side network."""
     model, params = with_side(name, family)
@@ -100,7 +101,7 @@ def test_what_it_reads_is_constant_to_the_gradient(name, family):
     assert_trees_close(found[1], expected[1], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COSTLY)
 def test_padding_packing_and_the_future_stay_unseen(name):
     """In a decoder every token's features are those of its own prefix; in an encoder padding changes nothing."""
     model, params = with_side(name, "llama")
@@ -120,7 +121,7 @@ def test_padding_packing_and_the_future_stay_unseen(name):
     np.testing.assert_allclose(run(params, longer)[:, :8], run(params, batch), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COSTLY)
 def test_a_split_stack_and_remat_are_read_alike(name):
     model, params = with_side(name, "bert", "classification")
     batch = setting("bert")[2]

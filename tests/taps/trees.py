@@ -4,12 +4,11 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ft_jax import masks, registry, taps, tree
 from ft_jax.models import LAYER_SITES, SITES
-from tests.helpers import inputs, make_batch, make_model, make_params
+from tests.helpers import inputs, make_batch, make_model, make_params, nudged
 
 FAMILIES = ("bert", "llama")
 
@@ -64,8 +63,7 @@ def tapped(name, family="bert", head=None, frozen=0, **hp):
 def moved(params, size=0.2, seed=1):
     """The same tree with what taps train away from its start."""
     rng, mask = np.random.default_rng(seed), masks.declared(params, 0)
-    draw = lambda x: np.asarray(x) + (size * rng.standard_normal(x.shape)).astype(x.dtype)  # noqa: E731 -- numpy compiles nothing
-    return jax.tree.map(lambda m, x: jnp.asarray(draw(x)) if m else x, mask, params)
+    return jax.tree.map(lambda m, x: nudged(x, size, rng) if m else x, mask, params)
 
 
 def tap_at(params, site):
