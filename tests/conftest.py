@@ -15,7 +15,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join((
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_multi_thread_eigen=false", "--xla_cpu_parallel_codegen_split_count=1",
 ))  # fmt: skip
 # As many workers as cores: further threads of BLAS would wait for each other, thirty times as long as one needs for an SVD.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -117,6 +117,7 @@ def test_migu_cuts_the_b_of_low_rank_kernels_and_refuses_other_shares():
         registry.call("update", "migu", share=1.5)
 
 
+@pytest.mark.slow
 def test_cofitunes_soft_mask_lets_through_what_general_text_does_not_need(tmp_path):
     """Adam's second moment shows which gradient it was; outside the FFN's outputs the whole one."""
     model = make_model("bert")

@@ -198,7 +198,8 @@ def test_one_line_before_compute(name, home, script):
     assert hashes(home) == before
 
 
-@pytest.mark.parametrize("name", ["missing tensor", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adapter for another base", "analyse path"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["missing tensor", "adapter for another base", "analyse path"])
 def test_one_line_in_a_fresh_process(name, home):
     """As a user calls it; library logs, if any, are warnings."""
     which, arguments, says = CASES[name]

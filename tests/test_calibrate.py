@@ -12,7 +12,7 @@ from ft_jax.io import runs
 from tests import folders
 from tests.helpers import FAMILIES, assert_trees_close, inputs, make_batch, make_model, make_params
 
-METHODS = ("corda(rank=4)", *(pytest.param(name, marks=pytest.mark.slow) for name in ("corda(rank=4,mode=ipm)", "eva(rank=2)", "lora_ga(rank=4)")))
+METHODS = ("corda(rank=4)", "corda(rank=4,mode=ipm)", "eva(rank=2)", "lora_ga(rank=4)")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,7 @@ def test_statistics_that_hold_nothing_are_refused():
         calibrate.gather({"layers/attn/out/kernel": {"covariance"}}, model, params, None, [inputs(make_batch(model))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_by_name_is_rebuilt_without_its_data(method, home, tmp_path, monkeypatch):
     """It starts at the base's function, resumes bit for bit and loads, none of which gathers anything again."""

@@ -47,9 +47,9 @@ def outcome(task, mesh_name):
     return np.asarray(losses), jax.tree.map(np.asarray, state.trainable), *shardings
 
 
-# The dearest mesh is all of them in one; the others show which of them is wrong.
+# A fast run takes the mesh that is all of them in one; the others show which is wrong.
 @pytest.mark.parametrize("mesh_name, task", [
-    (m, t) if m == "2x2x2" else pytest.param(m, t, marks=pytest.mark.slow) for m in list(MESHES)[1:] for t in TASKS])  # fmt: skip
+    (m, t) if m == "2x2x2" and "LoRA" in t else pytest.param(m, t, marks=pytest.mark.slow) for m in list(MESHES)[1:] for t in TASKS])  # fmt: skip
 def test_losses_are_the_same_on_every_mesh(mesh_name, task):
     alone, trained, *_ = outcome(task, "1 device")
     losses, again, trainable, frozen = outcome(task, mesh_name)

@@ -149,6 +149,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_cannot_be_started_from_is_said_before_compute(fault, world, tmp_path):
     make, method, changes, words = FAULTS[fault]

@@ -121,6 +121,7 @@ def test_a_step_planned_on_eight_devices(text, share):
     assert weights < row["bytes_held"] < 6 * weights
 
 
+@pytest.mark.slow
 def test_less_is_held_with_frozen_weights_in_bfloat16():
     held, frozen = [], 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) + 2 * 64 * 256
     for dtype in ("float32", "bfloat16"):

@@ -157,6 +157,7 @@ def products(jaxpr):
                 yield from products(inner)
 
 
+@pytest.mark.slow
 def test_the_frozen_base_is_multiplied_once_for_all(home, tmp_path, monkeypatch):
     """Every product with a base matrix takes the inputs of all members at once; none has a copy of it a member."""
     seen = []
@@ -264,8 +265,8 @@ def assert_same_runs(folder, reference, names):
         assert {k: one[k] for k in keys} == {k: two[k] for k in keys}
 
 
-@pytest.mark.parametrize("where", [pytest.param("before a checkpoint", marks=pytest.mark.slow), "between two",
-                                   pytest.param("within the second save", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["before a checkpoint", "between two", "within the second save"])
 def test_resumes_bit_for_bit(lora, tmp_path, monkeypatch, where):
     """Only one checkpoint is kept, and yet a stop within a save leaves a step that all members hold."""
     configs, reference, _ = lora

@@ -66,9 +66,10 @@ def test_without_task_ids_a_kernel_can_only_guess(home):
     assert last_losses(home / "lora") > 0.6
 
 
-SKILLS = ["polytropon(tasks=2, skills=3, rank=4)", pytest.param("mhr(tasks=2, skills=3, splits=2, rank=4)", marks=pytest.mark.slow)]
+SKILLS = ["polytropon(tasks=2, skills=3, rank=4)", "mhr(tasks=2, skills=3, splits=2, rank=4)"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SKILLS)
 def test_skills_learn_two_sources_together_and_route_each_its_own_way(method, home):
     cfg = config(home, method, ("praise", "more"), steps=150)

@@ -50,7 +50,9 @@ def gate_at(mask, params, step):
 # What every gate promises
 
 
-@pytest.mark.parametrize("name, update", [(n, u) for u in OPTIMISERS for n in ([*GATES, "lisa restart"] if u == "adamw" else FEW)])
+@pytest.mark.parametrize("name, update", [
+    pytest.param(n, u, marks=() if u == "adamw" else pytest.mark.slow)
+    for u in OPTIMISERS for n in ([*GATES, "lisa restart"] if u == "adamw" else FEW)])  # fmt: skip
 def test_what_is_off_does_not_move_and_what_is_on_does(name, update, scores):
     """Four steps with momentum and weight decay, two rounds of what is drawn; bit for bit."""
     name, *restart = name.split()
@@ -77,7 +79,7 @@ def test_a_state_saved_and_read_goes_on_bit_for_bit(name, scores):
         np.testing.assert_array_equal(x, tree.flatten(resumed[-1])[path], err_msg=path)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", [n if n == "lisa" else pytest.param(n, marks=pytest.mark.slow) for n in FEW])
 def test_gates_under_vmap_are_those_of_each_run(name, scores):
     """A population steps all members by one vmap; their learning rates are traced."""
     name, *restart = name.split()

@@ -85,6 +85,7 @@ def test_samplers_draw_alike_from_the_same_past(sampler, home):
     assert seen[0] == seen[1] and len({str(p) for p in seen[0]}) > 7
 
 
+@pytest.mark.slow
 def test_any_method_string_can_be_in_a_space_and_one_at_fault_is_a_row(home, monkeypatch):
     methods = {"parameters": {"method": ["bitfit", "lora(rank=64)"]}, "settings": space()["settings"] | {"method": "{method}"}}
     for key in ("method.kernels", "method.mask"):

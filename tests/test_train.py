@@ -119,6 +119,7 @@ def test_learns_classification(sentiment):
     assert summary["best_accuracy"] >= 0.95
 
 
+@pytest.mark.slow
 def test_learns_prompted_lm_with_lora(home):
     """Loss on completions alone falls; the checkpoint holds the adapters alone, as many numbers as the formula says."""
     workdir = home / "prompted"

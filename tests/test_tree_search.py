@@ -109,6 +109,7 @@ def test_only_the_best_are_gone_down_from(home, monkeypatch):
         visits(home, monkeypatch, {"top": None, "low": None})
 
 
+@pytest.mark.slow
 def test_a_decoders_versatility_is_its_next_token_loss(home):
     cfg = train.ready(search.config_of(f"configs/train.py:model={home / 'llama'},data={home / 'general.jsonl'},objective=causal_lm", {}))
     measure, base = tree_search.general(cfg, made(home)["versatility"])

@@ -82,6 +82,7 @@ def test_a_sequence_end_to_end(tiny, finished):
     assert f"{100 * with_numbers['average_accuracy'][0]:.1f}" in html
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_and_begin_anew(tiny):
     """After two tasks under rank 2 the change of a matrix has rank 4; what lies outside the linear layers is the base's."""
     model, base, tasks, _ = continual.loaded(tiny)

@@ -107,6 +107,7 @@ def test_batches_of_the_counting_world():
         assert words[row[2]] == "a" and words[row[-1]] == str(sum(words[i] == "b" for i in row[4:-2]))
 
 
+@pytest.mark.slow
 def test_a_model_that_solves_a_test_scores_one():
     setting = dataclasses.replace(TINY, test_rows=64)
     model = counting.make(setting)

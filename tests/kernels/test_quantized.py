@@ -132,6 +132,7 @@ def test_rules_nest_three_deep_and_around_a_quantised_base_only():
         put("nf4 @ lora", matrix(D_IN, D_OUT))
 
 
+@pytest.mark.slow
 def test_a_model_on_a_quantised_base_runs_and_its_merged_form_agrees():
     model = make_model("llama")
     params, batch = make_params(model), inputs(make_batch(model))

@@ -69,6 +69,7 @@ def test_the_change_is_a_fastfood_transform_of_few_numbers(name):
         assert np.linalg.norm(p, axis=0) == pytest.approx(1, abs=0.2), "a step in z is a step as long in W"
 
 
+@pytest.mark.slow
 def test_the_slope_of_the_coordinates_is_the_projected_slope_of_the_matrix():
     w, x, g = matrix(D_IN, D_OUT), matrix(5, D_IN, seed=1), matrix(5, D_OUT, seed=2)
     kernel = moved(put("said(dimension=20)", w))

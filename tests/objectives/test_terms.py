@@ -91,7 +91,8 @@ def test_a_term_is_pulled_on_in_a_step(text, name, accumulate):
     assert float(metrics["loss"]) > 0
 
 
-@pytest.mark.parametrize("text", ["pela(share=0.4, distil=2)", pytest.param("lora(rank=2) @ pela(share=0.4, distil=2)", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["pela(share=0.4, distil=2)", "lora(rank=2) @ pela(share=0.4, distil=2)"])
 def test_features_are_distilled_from_the_model_with_the_whole_matrices(text):
     """PELA: squared distance of every layer's output from the base model's over real tokens; it falls when it outweighs."""
     objective, params, batch, model = setting(text, where=r"layers/mlp/\w+/kernel")

@@ -133,6 +133,7 @@ def test_theirs_in_ours(name, kind, tmp_path):
     np.testing.assert_allclose(our_output(model, again), our_output(model, params), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_split_stack(tmp_path):
     """An adapter on the upper layers alone, the stack split: out and in again, into a split and a whole tree."""
     cls, folder = base_folder("llama", tmp_path)

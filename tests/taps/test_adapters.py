@@ -34,7 +34,7 @@ NAMES = [m.name for m in registry.methods("tap") if m.fn.__module__.removeprefix
 # What a fast run compiles: one of each make.
 MADE = ("parallel_adapter", "pfeiffer", "mixda", "lofit", "polyhistor", "unipt", "qst")
 COSTLY = [n if n in MADE else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-DEAREST = [n if n in ("parallel_adapter", "unipt") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+DEAREST = [n if n == "parallel_adapter" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 EACH = [(n, f) if n in MADE and (f == "bert" or n == "unipt") else pytest.param(n, f, marks=pytest.mark.slow) for n in NAMES for f in FAMILIES]
 ADAM = optax.adam(1e-2)
 

@@ -57,6 +57,7 @@ def test_the_ffn_is_mixed_with_its_adapters(name, family):
         np.testing.assert_allclose(now[KEPT], after(y), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_other_texts_count_for_the_term_alone():
     model = make_model("bert", "mlm")
     params = moved(attached(model, make_params(model), "mixda_domain", domain=1, keep=3.0))

@@ -40,9 +40,10 @@ def losses(workdir):
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, method, data", [
     ("bert", "lora(rank=2)+prompt_tuning(length=3, classifier=prompt)", {}),
-    pytest.param("llama", "prefix_tuning(length=3, hidden=8)", {"packing": True}, marks=pytest.mark.slow),
+    ("llama", "prefix_tuning(length=3, hidden=8)", {"packing": True}),
 ])  # fmt: skip
 def test_a_run_learns_and_is_rebuilt_from_its_recipe(family, method, data, home, tmp_path):
     train.train(config(home, method, family, **data), tmp_path / "run")

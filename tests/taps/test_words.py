@@ -84,6 +84,7 @@ def test_without_label_words_there_is_nothing_to_weigh():
             make_model("bert", "mlm").with_head("label_words", label_ids=ids, mask_id=MASK)
 
 
+@pytest.mark.slow
 def test_a_run_with_several_words_a_class(tmp_path, monkeypatch):
     monkeypatch.setenv("FT_JAX_CACHE", str(tmp_path / "cache"))
     folders.make_model_folder(tmp_path / "mlm", head="mlm", seed=3)

@@ -18,6 +18,7 @@ def small(seed=0):
             "head": {"kernel": jnp.ones((3, 2))}}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_first_order_scores_tell_the_fall_of_the_loss():
     model = helpers.make_model("llama")
     params, batch = helpers.make_params(model), helpers.make_batch(model)
