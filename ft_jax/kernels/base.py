@@ -66,9 +66,13 @@ def _product(x, w):
     return jnp.matmul(x, w)
 
 
+NOTHING = (0,)  # shape of what is not kept: JAX takes it that the backward pass is always handed one tree, so it is no None
+
+
 def _product_forward(x, w):
     # Only what a wanted gradient needs is kept: a frozen matrix keeps no activations for the backward pass.
-    return jnp.matmul(x.value, w.value), (x.value if w.perturbed else None, w.value if x.perturbed else None)
+    gone = jnp.zeros(NOTHING, x.value.dtype)
+    return jnp.matmul(x.value, w.value), (x.value if w.perturbed else gone, w.value if x.perturbed else gone)
 
 
 def _product_backward(kept, g):
@@ -76,7 +80,8 @@ def _product_backward(kept, g):
     if isinstance(g, SymbolicZero):
         return None, None
     rows = tuple(range(g.ndim - 1))
-    return None if w is None else jnp.matmul(g, w.T), None if x is None else jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
+    return (None if w.shape == NOTHING else jnp.matmul(g, w.T),
+            None if x.shape == NOTHING else jax.lax.dot_general(x, g, ((rows, rows), ((), ()))))  # fmt: skip
 
 
 _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
