@@ -266,7 +266,7 @@ class Lab:
 def _half_written(workdir):
     """Names in the folder of what is being written; does not go down into finished checkpoints."""
     found = []
-    for place, folders, names in os.walk(workdir):
+    for _, folders, names in os.walk(workdir):
         found += [name for name in (*folders, *names) if any(half in name for half in HALF)]
         folders[:] = [name for name in folders if not name.isdigit() and not any(half in name for half in HALF)]
     return found
