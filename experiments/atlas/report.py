@@ -34,6 +34,7 @@ def _row(base, full, method, value):
         return None
     losses, right = ([r["scores"]["task"][word] for r in runs] for word in ("loss", "accuracy"))
     forgot = [r["scores"]["forgetting"] - base["forgetting"] for r in runs]
+    cost = value["cost"] or {}
     tried = [t["rate"] for t in value["tried"]]
     edge = value["rate"] in (tried[0], tried[-1]) and len(tried) > 2
 
@@ -54,7 +55,7 @@ def _row(base, full, method, value):
         "rate": f"{value['rate']:g}{' *' if edge else ''}",
         "trained": 100 * mean(lambda r: r["trainable_parameters"] / r["total_parameters"]), "changed": 100 * mean(lambda r: r["changed"]),
         "bytes": mean(lambda r: r["optimizer_bytes"]) / 1e6,
-        "flops": value["cost"]["flops_of_full"], "time": value["cost"]["time_of_full"], "i5": spectra("intruders", 0), "i9": spectra("intruders", 1),
+        "flops": cost.get("flops_of_full"), "time": cost.get("time_of_full"), "i5": spectra("intruders", 0), "i9": spectra("intruders", 1),
         "erank": spectra("effective_rank"), "norm": spectra("delta_norm"),
     }  # fmt: skip
 

@@ -68,14 +68,14 @@ def scores(context, task):
 
 
 def method(context, name, task, row):
-    """Everything of one method on one task: rates tried with the first seed, the other seeds at the best, what a step costs."""
+    """The runs of one method on one task: rates tried with the first seed, the other seeds at the best."""
     folder, (first, *others) = context.workdir / "runs" / f"{name}-{row}", task.seeds
     done = population.train({f"rate{i}": config(context, task, row, first, r) for i, r in enumerate(rates(task, row))}, folder / "rates",
                             label=f"{row}: rates")  # fmt: skip
     tried = [_tried(rate, summary) for rate, summary in zip(rates(task, row), done.values(), strict=True)]
     finite = [t for t in tried if t["loss"] is not None]
     if not finite:
-        return {"method": METHODS[row][1], "tried": tried, "rate": None, "runs": [], "cost": None}
+        return {"method": METHODS[row][1], "tried": tried, "rate": None, "runs": []}
     best = min(finite, key=lambda t: t["loss"])
     chosen = f"rate{tried.index(best)}"
     more = population.train({f"seed{s}": config(context, task, row, s, best["rate"]) for s in others}, folder / "seeds", label=f"{row}: seeds")
@@ -86,7 +86,7 @@ def method(context, name, task, row):
             continue
         _, params, _ = load_run(run, which="last")
         runs.append({"seed": seed, **{k: summary[k] for k in KEPT}, **world.measure(params, seed == first)})
-    found = {"method": METHODS[row][1], "tried": tried, "rate": best["rate"], "runs": runs, "cost": cost(context, task, row, best["rate"])}
+    found = {"method": METHODS[row][1], "tried": tried, "rate": best["rate"], "runs": runs}
     shutil.rmtree(folder)  # what stays of the runs is what this part holds
     return found
 
@@ -105,9 +105,9 @@ def _tried(rate, summary):
 # What a step costs
 
 
-def _step(context, task, row, rate):
+def _step(context, task, row):
     """``(compiled step, state, frozen, batch)`` of one run by itself."""
-    parts = train.prepare(train.ready(config(context, task, row, 0, rate)))
+    parts = train.prepare(train.ready(config(context, task, row, 0, task.rates[0])))
     trainable, frozen = tree.split(parts["params"], parts["mask"])
     state = train.TrainState(jax.numpy.zeros((), jax.numpy.int32), trainable, parts["tx"].init(trainable))
     batch = next(iter(pipeline.batches(parts["data"]["train"], task.batch_size, 0)))
@@ -117,12 +117,12 @@ def _step(context, task, row, rate):
 
 @functools.lru_cache(maxsize=1)
 def _full_step(context, task):
-    return _step(context, task, "full", task.rates[0])
+    return _step(context, task, "full")
 
 
-def cost(context, task, row, rate):
+def cost(context, task, row):
     """FLOPs of a compiled step, and its time over that of full fine-tuning, their steps timed in turn (the least of each, which others on the machine disturb least)."""
-    own, full = _step(context, task, row, rate), _full_step(context, task)
+    own, full = _step(context, task, row), _full_step(context, task)
     times = {0: [], 1: []}
     for i in range(2 * (CLOCKED + 1)):
         step, *arguments = (own, full)[i % 2]

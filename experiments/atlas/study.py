@@ -22,6 +22,10 @@ def parts(setting):
             out[f"{name}_scores"] = functools.partial(_call, running.scores, task)
         for method in task.rows:
             out[part(name, method)] = functools.partial(_method, name, task, method)
+    # Apart, as they want a machine to themselves: --only='.*_cost'
+    for name, task in setting.tasks.items():
+        for method in task.rows:
+            out[f"{part(name, method)}_cost"] = functools.partial(_cost, name, task, method)
     return out
 
 
@@ -35,11 +39,17 @@ def _method(name, task, method, context):
     return running.method(context, name, task, method)
 
 
+def _cost(name, task, method, context):
+    if "scores=" in METHODS[method][1]:
+        context.value(f"{name}_scores")
+    return running.cost(context, task, method)
+
+
 def found(context):
     """``{task: {method: value}}`` of the parts that are done; UserError for one that was made by another text than its row's."""
     out = {}
     for name, task in context.setting.tasks.items():
-        out[name] = {m: value for m in task.rows if (value := context.get(part(name, m)))}
+        out[name] = {m: value | {"cost": context.get(f"{part(name, m)}_cost")} for m in task.rows if (value := context.get(part(name, m)))}
         for method, value in out[name].items():
             if value["method"] != METHODS[method][1]:
                 raise UserError(f"the part {part(name, method)} was made by {value['method']!r}, and its row says {METHODS[method][1]!r} now: "

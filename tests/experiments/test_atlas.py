@@ -76,7 +76,7 @@ def test_every_row_is_a_method(name):
 
 def test_parts_have_names_of_their_own():
     for setting in settings.SCALES.values():
-        wanted = sum(len(t.rows) + 1 + any("scores=" in settings.METHODS[m][1] for m in t.rows) for t in setting.tasks.values())
+        wanted = sum(2 * len(t.rows) + 1 + any("scores=" in settings.METHODS[m][1] for m in t.rows) for t in setting.tasks.values())
         assert len(parts(setting)) == wanted
 
 
