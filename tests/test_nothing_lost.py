@@ -60,7 +60,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "bit" else k for k in DAMAGE])
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_goes_on(kind, reference, tmp_path, capsys):
     folder = unfinished(reference, tmp_path / "run")
     DAMAGE[kind](folder)
@@ -71,6 +71,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_goes_on(kind, refe
     assert len(list(folder.glob("damaged-checkpoints-6-*"))) == 1
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_changes_a_number_silently(reference, tmp_path):
     """At twelve places of every file that holds numbers: noticed, or of no consequence."""
     folder = unfinished(reference, tmp_path / "run")
@@ -106,6 +107,7 @@ def test_where_all_are_damaged_nothing_is_touched(reference, tmp_path):
     assert sorted(str(p) for p in folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_members_damaged_checkpoint_takes_all_back_to_the_one_before(home, tmp_path, capsys):  # noqa: F811
     cfg = config(home, steps=6, batch_size=8, data={"source": str(home / "few.jsonl")}, eval={"every": 3},
                  save={"every": 2, "keep": 9}, log={"every": 1})  # fmt: skip
@@ -136,6 +138,7 @@ def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(reference, 
     assert not (folder / "LOCK").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [0, 75])
 def test_sigterm_saves_and_ends_well(status, home, tmp_path):  # noqa: F811
     """In the middle of steps, long before the next checkpoint; the same command goes on and ends as if nothing had been."""
