@@ -79,9 +79,15 @@ def _product_backward(kept, g):
     x, w = kept
     if isinstance(g, SymbolicZero):
         return None, None
-    rows = tuple(range(g.ndim - 1))
-    return (None if w.shape == NOTHING else jnp.matmul(g, w.T),
-            None if x.shape == NOTHING else jax.lax.dot_general(x, g, ((rows, rows), ((), ()))))  # fmt: skip
+    return None if w.shape == NOTHING else jnp.matmul(g, w.T), None if x.shape == NOTHING else _outer(x, g)
+
+
+def _outer(x, g):
+    """xᵀ g over all rows; XLA on CPU writes the left operand turned, so a much narrower g is that one, though the product is turned too."""
+    rows, tokens, (wide, narrow) = tuple(range(g.ndim - 1)), g.size // g.shape[-1], (x.shape[-1], g.shape[-1])
+    if narrow * (tokens + wide) < tokens * wide:
+        return jax.lax.dot_general(g, x, ((rows, rows), ((), ()))).T
+    return jax.lax.dot_general(x, g, ((rows, rows), ((), ())))
 
 
 _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ft_jax.kernels.base import dot
 from ft_jax.models import extend, scored
 from ft_jax.models import layers as L
+from ft_jax.models.attention import attend
 from ft_jax.models.config import ModelConfig
 
 
@@ -48,7 +49,7 @@ class Layer(nn.Module):
     config: ModelConfig
     capture: tuple[str, ...] = ()
     skip: int = 0
-    shares: int = 1  # devices that activations are spread over
+    mesh: Any = None  # what activations are spread over
 
     @nn.compact
     def __call__(self, x, context, per_layer, rng):
@@ -58,7 +59,7 @@ class Layer(nn.Module):
         if window is not None:
             allowed = allowed & ((window == 0) | (distance < window))
         y = tap("attn_in", L.RMSNorm(c.norm_eps, name="attn_norm")(x))
-        x = self.joined("attn_out", x, Attention(c, self.shares, name="attn")(y, allowed, cos, sin, prefix, held, tap, rng), tap)
+        x = self.joined("attn_out", x, Attention(c, self.mesh, name="attn")(y, allowed, cos, sin, prefix, held, tap, rng), tap)
         y = GatedMLP(c, name="mlp")(tap("ffn_in", L.RMSNorm(c.norm_eps, name="mlp_norm")(x)), tap)
         if c.hidden_dropout and rng is not None:  # no published model has it: `importance.disagreement` asks for it
             y = L.dropout(y, c.hidden_dropout, jax.random.fold_in(rng, 1))
@@ -72,7 +73,7 @@ class Layer(nn.Module):
 
 class Attention(nn.Module):
     config: ModelConfig
-    shares: int = 1
+    mesh: Any = None
 
     @nn.compact
     def __call__(self, x, allowed, cos, sin, prefix, held, tap, rng):
@@ -89,7 +90,7 @@ class Attention(nn.Module):
             tap.seen["cache"] = k, v
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(held, (k, v), strict=True))
         k, v, allowed = extend.before_tokens(prefix, k, v, allowed)
-        y = L.attend(L.rotate(q, cos, sin), k, v, allowed, c.attention_dropout, rng, self.shares)
+        y = attend(L.rotate(q, cos, sin), k, v, allowed, c.attention_dropout, rng, self.mesh)
         return L.Dense(c.hidden_size, c.out_bias, name="out")(tap("heads", y.reshape(*x.shape[:2], -1)))
 
 
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
         if cache is not None:
             allowed, distance = self.after(cache, allowed, distance, extend.lengths(taps)[1])
         context = (extend.visible(taps, allowed, real, True), distance, *L.rope_tables(c, positions))
-        layer = Layer(c, tap.capture, skip, self.mesh.size if self.mesh else 1, parent=None)
+        layer = Layer(c, tap.capture, skip, self.mesh, parent=None)
         first = None if windows is None else windows[0]
         stacks = L.stacked_params(self, layer, c.num_layers, x, context, ((first, None), None), None)
         each = windows, None if cache is None else (cache["k"], cache["v"])

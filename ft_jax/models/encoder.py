@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ft_jax.models import extend, scored
 from ft_jax.models import layers as L
+from ft_jax.models.attention import attend
 from ft_jax.models.config import ModelConfig
 
 _LAYER = {
@@ -62,7 +63,7 @@ class Layer(nn.Module):
     config: ModelConfig
     capture: tuple[str, ...] = ()
     skip: int = 0
-    shares: int = 1  # devices that activations are spread over
+    mesh: Any = None  # what activations are spread over
 
     @nn.compact
     def __call__(self, x, context, per_layer, rng):
@@ -70,7 +71,7 @@ class Layer(nn.Module):
         tap = L.Tapped(L.taps_of(self), self.capture, self.skip, given.get("pool"))
         rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
         x = tap("attn_in", x)
-        heads = Attention(c, self.shares, name="attn")(x, context, given.get("prefix"), tap, rngs[0])
+        heads = Attention(c, self.mesh, name="attn")(x, context, given.get("prefix"), tap, rngs[0])
         x = self.joined("attn_out", "attn_norm", x, heads, tap, rngs[1])
         x = tap("ffn_in", x)
         x = self.joined("ffn_out", "mlp_norm", x, MLP(c, name="mlp")(x, tap), tap, rngs[2])
@@ -88,7 +89,7 @@ class Layer(nn.Module):
 
 class Attention(nn.Module):
     config: ModelConfig
-    shares: int = 1
+    mesh: Any = None
 
     @nn.compact
     def __call__(self, x, allowed, prefix, tap, rng):
@@ -96,7 +97,7 @@ class Attention(nn.Module):
         shape = (*x.shape[:2], c.num_heads, c.head_dim)
         q, k, v = (tap(n, L.Dense(c.num_heads * c.head_dim, name=n)(x)).reshape(shape) for n in "qkv")
         k, v, allowed = extend.before_tokens(prefix, k, v, allowed)
-        y = L.attend(q, k, v, allowed, c.attention_dropout, rng, self.shares)
+        y = attend(q, k, v, allowed, c.attention_dropout, rng, self.mesh)
         return L.Dense(c.hidden_size, name="out")(tap("heads", y.reshape(*x.shape[:2], -1)))
 
 
@@ -160,7 +161,7 @@ class Encoder(nn.Module):
         embed = Embeddings(c, self.dtype, name="embed")
         x = tap("embed", L.dropout(embed(inputs, taps), c.hidden_dropout, rng_embed))
         given = extend.for_layers(taps, x[:, skip:], real)
-        layer = Layer(c, tap.capture, skip, self.mesh.size if self.mesh else 1, parent=None)
+        layer = Layer(c, tap.capture, skip, self.mesh, parent=None)
         stacks = L.stacked_params(self, layer, c.num_layers, x, visible, ((), None), None)
         x, seen = L.run_layers(layer, L.unfolded(stacks, taps), x, visible, (), rng_layers, self.remat, given, self.mesh)
         own = last.side(x[:, skip:], {**seen, **tap.seen}, allowed)

@@ -1,7 +1,4 @@
-"""Blocks shared by encoder and decoder.
-
-Einsum letters: b batch, q query position, s key position, k key/value head, g query heads per key/value head, h head dim.
-"""
+"""Blocks shared by encoder and decoder."""
 
 import flax.linen as nn
 import jax
@@ -20,7 +17,6 @@ ACTIVATION_FNS = {
     "silu": jax.nn.silu,
 }
 INIT = nn.initializers.normal(0.02)
-SCORES = 2**27  # attention scores held at once on a device
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -113,34 +109,6 @@ def dropout(x, rate, rng):
         return x
     keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
-
-
-def query_blocks(queries, per_query):
-    """The least number of equal blocks of queries whose scores, ``per_query`` each, stay below SCORES."""
-    least = -(-queries * per_query // SCORES)
-    return next(n for n in range(max(1, least), queries + 1) if queries % n == 0) if least <= queries else queries
-
-
-def attend(q, k, v, allowed, rate=0.0, rng=None, shares=1):
-    """softmax(q kᵀ / sqrt(h)) v over allowed pairs; q [b,q,heads,h], k/v [b,s,kv heads,h], allowed bool [b,1,q,s].
-
-    Long sequences go by blocks of queries whose scores the backward pass computes again; shares: devices the scores are over.
-    """
-    if rng is None or rate == 0.0:
-        blocks = query_blocks(q.shape[1], q.shape[0] * q.shape[2] * k.shape[1] // shares)
-        if blocks == 1:
-            return kept_inputs(lambda *qkv: jax.nn.dot_product_attention(*qkv, mask=allowed), q, k, v)
-        # Every blocks-th query is one block's, so that each device has its part of all blocks where tokens are spread.
-        cut = (jnp.moveaxis(x.reshape(*x.shape[:i], -1, blocks, *x.shape[i + 1 :]), i + 1, 0) for i, x in ((1, q), (2, allowed)))
-        block = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part[0], k, v, mask=part[1]))
-        y = jax.lax.map(block, tuple(cut))
-        return jnp.moveaxis(y, 0, 2).reshape(q.shape)
-    b, n_q, heads, h = q.shape
-    kv = k.shape[2]
-    scores = jnp.einsum("bqkgh,bskh->bkgqs", q.reshape(b, n_q, kv, heads // kv, h), k).astype(jnp.float32) * h**-0.5
-    scores = jnp.where(allowed[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    probs = dropout(jax.nn.softmax(scores, axis=-1).astype(q.dtype), rate, rng)
-    return jnp.einsum("bkgqs,bskh->bqkgh", probs, v).reshape(b, n_q, heads, h)
 
 
 class Tapped:

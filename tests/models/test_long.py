@@ -7,13 +7,13 @@ import pytest
 
 from ft_jax import kernels, masks, recipe, tree
 from ft_jax.errors import UserError
-from ft_jax.models import layers
+from ft_jax.models import attention
 from tests.helpers import assert_trees_close, make_batch, make_model, make_objective, make_params
 
 
 @pytest.mark.parametrize("queries, per_query, blocks", [(128, 2**20, 1), (4096, 2**18, 8), (96, 2**22, 3), (7, 2**25, 7), (4, 2**30, 4)])
 def test_the_least_number_of_blocks_that_divides_the_queries(queries, per_query, blocks):
-    assert layers.query_blocks(queries, per_query) == blocks
+    assert attention.query_blocks(queries, per_query) == blocks
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "bert"])
@@ -23,7 +23,7 @@ def test_blocks_of_queries_change_nothing(family, monkeypatch):
     params, batch = make_params(model), make_batch(model, 2, 12)
     objective, found = make_objective("classification" if family == "bert" else "causal_lm", model), []
     for limit in (2**27, 2 * 4 * 12 * 4):
-        monkeypatch.setattr(layers, "SCORES", limit)
+        monkeypatch.setattr(attention, "SCORES", limit)
         fn = jax.jit(jax.value_and_grad(lambda p: objective(p, batch, None)[0]))
         found.append((*fn(params), "x12x12xf32>" in fn.lower(params).as_text()))
     (whole, grads, all_scores), (parts, cut, still) = found

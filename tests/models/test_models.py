@@ -9,8 +9,9 @@ import pytest
 
 from ft_jax import models, tree
 from ft_jax.errors import UserError
-from ft_jax.models import decoder, encoder
+from ft_jax.models import attention, decoder, encoder
 from ft_jax.models import layers as L
+from ft_jax.models.attention import attend
 from ft_jax.models.config import ARCHITECTURES, HEADS
 from tests.helpers import CONFIGS, FAMILIES, assert_trees_close, inputs, make_batch, make_model, make_params
 
@@ -181,15 +182,36 @@ def test_the_scan_is_a_loop_over_layers(family):
         np.testing.assert_allclose(seen["block_out"][i], x, **CLOSE)
 
 
+@pytest.mark.parametrize("dtype, close", [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("queries", ["causal", "padded"])
+@pytest.mark.parametrize("grouped", [1, 3])
+def test_attention_in_an_order_of_its_own(grouped, queries, dtype, close):
+    """Value and gradients against the library's attention; a row with nothing allowed, and a mask that all queries share."""
+    rng, heads = np.random.default_rng(0), 6
+    q, k, v, g = (jnp.asarray(rng.standard_normal((2, 5, h, 8)), dtype) for h in (heads, heads // grouped, heads // grouped, heads))
+    allowed = jnp.tril(jnp.ones((2, 1, 5, 5), bool)).at[1, 0, 2].set(False)
+    if queries == "padded":
+        allowed = jnp.asarray(rng.random((2, 1, 1, 5)) < 0.5).at[1].set(False)
+
+    def both(fn):
+        y, back = jax.vjp(fn, q, k, v)
+        return [y, *back(g)]
+
+    theirs = both(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=allowed))
+    for mine, other in zip(both(lambda q, k, v: attention._ordered(q, k, v, allowed)), theirs, strict=True):
+        assert mine.dtype == other.dtype == dtype
+        np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(other, np.float32), atol=close * float(jnp.abs(other).max()))
+
+
 @pytest.mark.parametrize("grouped", [1, 2])
 def test_attention_with_dropout_is_attention(grouped):
     """The path that drops weights, with nothing dropped, against the library's attention."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 6, h, 8)), jnp.float32) for h in (4, 4 // grouped, 4 // grouped))
     allowed = jnp.tril(jnp.ones((2, 1, 6, 6), bool))
-    plain, key = L.attend(q, k, v, allowed), jax.random.key(0)
-    np.testing.assert_allclose(L.attend(q, k, v, allowed, 1e-9, key), plain, atol=1e-6)
-    many = jnp.stack([L.attend(q, k, v, allowed, 0.3, jax.random.fold_in(key, i)) for i in range(200)])
+    plain, key = attend(q, k, v, allowed), jax.random.key(0)
+    np.testing.assert_allclose(attend(q, k, v, allowed, 1e-9, key), plain, atol=1e-6)
+    many = jnp.stack([attend(q, k, v, allowed, 0.3, jax.random.fold_in(key, i)) for i in range(200)])
     assert np.abs(many.mean(0) - plain).mean() < 4 * np.abs(many - plain).mean() / np.sqrt(200)
 
 
