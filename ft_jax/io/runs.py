@@ -17,9 +17,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from ft_jax import recipe as recipes
 from ft_jax import tree
@@ -88,11 +85,11 @@ class Run:
 
     @functools.cached_property
     def _events(self):
-        # Not SummaryWriter: its thread dies silently on a full disk, and the training then waits for it for ever.
         if not self._wants_tensorboard:
             return None
-        folder = files.make_folder(self.path / "tensorboard")
-        return EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        from ft_jax.io.events import Events
+
+        return Events(files.make_folder(self.path / "tensorboard"))
 
     def _check(self):
         if self.path.exists() and not self.path.is_dir():
@@ -153,9 +150,7 @@ class Run:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._events:
-            for key, value in metrics.items():
-                self._events.write_event(Event(step=step, wall_time=time.time(), summary=scalar(key, value)))
-            self._events.flush()
+            self._events.log(step, metrics)
 
     def metrics(self):
         file = self.path / "metrics.jsonl"
@@ -176,7 +171,7 @@ class Run:
         rows = [row for row in self.metrics() if row["step"] <= step]
         files.write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         if step and self._events:
-            self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+            self._events.restart(step + 1)
 
     def save(self, name, step, items, meta):
         """Saves ``{item: tree of arrays}`` (flat by path) and JSON-able ``meta`` at a step; one already there is kept."""
