@@ -1,6 +1,6 @@
 """Benchmarks against peers, ours and the peer in turn within one run.
 
-python scripts/bench.py [--only=REGEX --out=FILE --repeats=3 --layers=N --shape=NAME --dtype=float32]
+python scripts/bench.py [--only=REGEX --out=FILE --table=FOLDER --repeats=3 --layers=N --shape=NAME --dtype=float32]
 
 Prints a table and writes JSON rows {benchmark, ours, peer, peer_name, ratio, spread, unit, machine}: medians over the
 repeats, ratio above 1: ours is that many times as fast, or takes that many times less; spread = (largest - smallest) / median
@@ -9,6 +9,7 @@ take. Peers are those that are installed (requirements-bench.txt); FT_JAX_BENCH_
 """
 
 import argparse
+import json
 import os
 import pathlib
 import platform
@@ -75,12 +76,18 @@ def _data(args):
     return datapath.rows(args.shape, args.layers, args.repeats)
 
 
+def _trace(args):
+    from scripts.benches import trace
+
+    return trace.rows(args.shape, args.layers, args.repeats)
+
+
 # name -> function of the arguments that yields rows {name, ours, peer, peer_name, unit}: ours and peer are samples,
 # an empty peer has none; of units a second, more is better. Imports stand inside, so that --only pays for what it runs.
 BENCHES = {
     "train_lora": _train("lora", 4, 128), "train_full": _train("full", 4, 128),
     "train_lora_8x256": _train("lora", 8, 256), "train_full_8x256": _train("full", 8, 256),
-    "generation": _generation, "bank": _bank, "memory": _memory, "data": _data,
+    "generation": _generation, "bank": _bank, "memory": _memory, "data": _data, "trace": _trace,
     "spectral": _spectral, "spectral_7b": _spectral_7b, "population": _population,
 }  # fmt: skip
 
@@ -115,8 +122,20 @@ def summarised(benchmark, row):
 def _line(row):
     ratio = f"{row['ratio']:8.2f}" if row["ratio"] else "       -"
     peer = f"{row['peer']:10.3f}" if row["peer"] else "         -"
-    spread = "/".join("-" if s is None else f"{s:.0%}" for s in row["spread"])
-    return f"{row['benchmark']:<78} {row['ours']:10.3f} {peer} {ratio} {spread:>9} {row['unit']:<9} {row['peer_name']}"
+    return f"{row['benchmark']:<78} {row['ours']:10.3f} {peer} {ratio} {_spreads(row):>9} {row['unit']:<9} {row['peer_name']}"
+
+
+def _spreads(row, between="/"):
+    return between.join("-" if s is None else f"{s:.0%}" for s in row["spread"])
+
+
+def _table(folder, pattern):
+    """The rows in the JSON files of a folder, whose names ``pattern`` is found in, as Markdown."""
+    print("| benchmark | ours | peer | | ratio | spread |\n|---|---|---|---|---|---|")
+    for file in sorted(folder.glob("*.json")):
+        for row in json.loads(file.read_text("utf-8")) if re.search(pattern, file.stem) else ():
+            peer = f" {row['peer']:.4g} | {row['peer_name']} | {row['ratio']:.2f} |" if row["peer"] else " | | |"
+            print(f"| {row['benchmark']} | {row['ours']:.4g} {row['unit']} |{peer} {_spreads(row, ' / ')} |")
 
 
 def run(chosen, args):
@@ -147,6 +166,7 @@ def main(argv=None):
     parser = errors.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"regex searched for in {', '.join(BENCHES)}")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file for the rows")
+    parser.add_argument("--table", type=pathlib.Path, help="measures nothing: a folder of such files as a Markdown table")
     parser.add_argument("--repeats", type=int, default=3, help="times that ours and the peer take turns (3)")
     parser.add_argument("--layers", type=int, help="layers of the model shapes that are run (all)")
     parser.add_argument("--shape", default="smollm2-135m", help=f"model of those of models (smollm2-135m): {', '.join(plan.SHAPES)}")
@@ -159,6 +179,8 @@ def main(argv=None):
         if value is not None and value < 1:
             raise errors.UserError(f"--{name}={value}: at least 1")
     chosen = _chosen(args.only)
+    if args.table:
+        return _table(args.table, args.only)
     if args.out:
         files.make_folder(args.out.resolve().parent)
     run(chosen, args)

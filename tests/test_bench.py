@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scripts import bench
-from scripts.benches import datapath, memory, ours, peers, serving, spectra, steps, worker
+from scripts.benches import datapath, memory, ours, peers, serving, spectra, steps, trace, worker
 
 TINY = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64, "tie_word_embeddings": True}  # fmt: skip
@@ -80,6 +80,14 @@ def test_weights_have_the_spectrum_that_is_said():
     assert sigma[192] / sigma[0] == pytest.approx(0.17, abs=0.02)
 
 
+def test_files_of_rows_as_a_table(tmp_path, capsys):
+    rows = [{"benchmark": "a: step", "ours": 2.0, "peer": 3.0, "peer_name": "torch", "ratio": 1.5, "spread": [0.1, None], "unit": "s", "machine": "m"},
+            {"benchmark": "a: peak", "ours": 12.5, "peer": None, "peer_name": "none", "ratio": None, "spread": [None, 0.0], "unit": "GiB", "machine": "m"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    bench.main([f"--table={tmp_path}"])
+    assert capsys.readouterr().out.splitlines()[2:] == ["| a: step | 2 s | 3 | torch | 1.50 | 10% / - |", "| a: peak | 12.5 GiB | | | | - / 0% |"]
+
+
 def test_more_tokens_a_second_are_better():
     row = bench.summarised("x", {"name": "y", "ours": [30.0], "peer": [10.0], "peer_name": "peer", "unit": "tokens/s"})
     assert row["ratio"] == 3
@@ -103,6 +111,18 @@ def test_peers_do_the_same_work_and_say_the_same(tmp_path):
     np.testing.assert_allclose(*found, atol=1e-4)
     assert found[0][2] < found[0][0]
     assert ours.generate(spec)[1]() == peers.torch_generate(spec)[1]()
+
+
+def test_the_parts_of_a_traced_step_are_all_of_it():
+    rows = {row["name"]: row["ours"] for row in trace.rows(TINY, repeats=2, batch=2, length=8)}
+    kinds = [kind for _, kind in trace.KINDS if kind]
+    assert list(rows) == [f"{method} 2x8, {kind}" for method in ("lora", "full") for kind in [*kinds, "nothing runs"]]
+    assert all(min(rows[f"{method} 2x8, {kind}"]) > 0 for method in ("lora", "full") for kind in ("matrix products", "elementwise work and sums"))
+
+
+def test_time_is_shared_among_what_runs_at_once():
+    found = trace._kinds([(0, 4000, "a"), (2000, 4000, "b"), (5000, 6000, "b"), (5000, 6000, "b")])
+    assert found == {"a": 3.0, "b": 2.0, "nothing runs": 1.0}
 
 
 def test_sides_that_do_other_work_end_the_benchmark():

@@ -33,7 +33,7 @@ def config(spec, path=""):
     })  # fmt: skip
 
 
-def _engine(spec):
+def engine(spec):
     """``(step, state, frozen)`` of the engine, on the weights of ``spec["folder"]``, or on random ones where there is none."""
     cfg = config(spec, spec.get("folder", ""))
     base = None
@@ -49,7 +49,7 @@ def _engine(spec):
 
 def engine_step(spec):
     """``(batch -> metrics, trainable, frozen)``: each call is a training step that has ended; the halves are shapes."""
-    run, state, frozen = _engine(spec)
+    run, state, frozen = engine(spec)
     shapes = jax.eval_shape(lambda *halves: halves, state.trainable, frozen)
     held = {"state": state}
     del state
