@@ -13,6 +13,8 @@ from ft_jax.kernels.base import Kernel, dense, dot, is_kernel, term_weight
 from ft_jax.kernels.lowrank import _sizes, lora
 from ft_jax.registry import register
 
+BLOCK = 64
+
 
 @struct.dataclass
 class Sparse(Kernel):
@@ -25,7 +27,9 @@ class Sparse(Kernel):
     trainable = ("values",)
 
     def dot(self, x):
-        return dot(self.base, x) + _times(x, self.values, self.places, self.shape[-1])
+        if is_kernel(self.base):
+            return dot(self.base, x) + _times(x, self.values, self.places, self.shape[-1])
+        return _moved(x, self.base.astype(x.dtype), self.values, self.places)
 
     def dense(self):
         return dense(self.base) + self.delta()
@@ -121,6 +125,39 @@ def gather(w, places):
     return jnp.take_along_axis(w.reshape(*w.shape[:-2], -1), places, axis=-1)
 
 
+@jax.custom_vjp
+def _moved(x, w, values, places):
+    """x (W + S) as one product; the gradient of S is Σ_tokens x_row g_column at its places, n · tokens products and no matrix."""
+    return jnp.matmul(x, w + scatter(values.astype(w.dtype), places, w.shape))
+
+
+def _moved_forward(*args):
+    return _moved(*args), args
+
+
+def _moved_backward(kept, g):
+    x, w, values, places = kept
+    axes = tuple(range(x.ndim - 1))
+    return (jnp.matmul(g, (w + scatter(values.astype(w.dtype), places, w.shape)).T),
+            jax.lax.dot_general(x, g, ((axes, axes), ((), ()))), _at(x, g, places).astype(values.dtype), None)  # fmt: skip
+
+
+def _at(x, g, places):
+    """xᵀ g at ``places``, BLOCK tokens at a time: what is gathered stays in a cache, and n · BLOCK numbers are held."""
+    rows, columns = jnp.divmod(places, g.shape[-1])
+    tokens = x.size // x.shape[-1]
+    cut = [jnp.pad(a.reshape(tokens, -1).astype(jnp.float32), ((0, -tokens % BLOCK), (0, 0))) for a in (x, g)]
+
+    def block(total, part):
+        one, other = (a.T for a in part)
+        return total + (one[rows] * other[columns]).sum(-1), None
+
+    return jax.lax.scan(block, jnp.zeros(places.shape), tuple(a.reshape(-1, BLOCK, a.shape[-1]) for a in cut))[0]
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
+
+
 @functools.partial(jax.checkpoint, static_argnums=3)
 def _times(x, values, places, d_out):
     """x S by gathering and summing whole columns of activations: n · tokens products, and no d_in x d_out one."""
@@ -161,7 +198,7 @@ def sparse(w, rng, *, share=0.01, pick="largest"):
     """Sparse delta: W + S, S = 0 at first and trained at ``share`` of the places, the ``pick`` |W|: largest, smallest, random.
 
     ``regrow`` moves the places as SpIEL does; as it is, largest or smallest, this is Super-Tuning (arXiv:2607.09287), and
-    ``supra`` puts LoRA beside it. A step's memory for a matrix is n numbers a token. Raises UserError for a
+    ``supra`` puts LoRA beside it. A step holds 64 numbers for each of a matrix's places. Raises UserError for a
     share outside (0, 1] and an unknown pick.
     """
     return _sparse(w, rng, share, pick)
