@@ -112,7 +112,7 @@ def test_the_start_is_as_declared_and_the_first_step_moves_it(name, family):
 
     (_, adam), (outs, losses, norms) = trained(trainable, frozen)
     off = np.abs(outs[0] - logits(family)).max()
-    low, high = {"exact": (-1, 1e-6), "near": (1e-6, 0.2), "moved": (0.01, np.inf)}[method(name).traits["start"]]
+    low, high = {"exact": (-1, 3e-6), "near": (3e-6, 0.2), "moved": (0.01, np.inf)}[method(name).traits["start"]]
     assert low < off < high, off
     assert norms[0] > 0, "the first step must be able to move"
     assert losses[-1] < losses[0]  # what ends in zeros starts to move below them with the second step
