@@ -77,7 +77,7 @@ def _scatter(task, table, base):
     axes[0].set_xlabel("forgetting (nats)")
     axes[1].set_xlabel("weights that train (% of all)")
     axes[0].set_ylabel("loss on held-out data (nats)")
-    axes[1].legend(fontsize=7, ncols=2)
+    fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", fontsize=7, ncols=7)
     return page.figure(fig, f"Score against forgetting and against what trains ({task.line}); each point is a method, mean over seeds. Dashed: the base model.")
 
 
