@@ -29,7 +29,7 @@ class Sparse(Kernel):
     def dot(self, x):
         if is_kernel(self.base):
             return dot(self.base, x) + _times(x, self.values, self.places, self.shape[-1])
-        return _moved(x, self.base.astype(x.dtype), self.values, self.places)
+        return _moved(x, self.base, self.values, self.places)
 
     def dense(self):
         return dense(self.base) + self.delta()
@@ -128,7 +128,12 @@ def gather(w, places):
 @jax.custom_vjp
 def _moved(x, w, values, places):
     """x (W + S) as one product; the gradient of S is Σ_tokens x_row g_column at its places, n · tokens products and no matrix."""
-    return jnp.matmul(x, w + scatter(values.astype(w.dtype), places, w.shape))
+    return jnp.matmul(x, _together(w, values, places, x.dtype))
+
+
+def _together(w, values, places, dtype):
+    """W + S, summed in float32: of a bfloat16 W a small S would round away."""
+    return (w.astype(jnp.float32) + scatter(values.astype(jnp.float32), places, w.shape)).astype(dtype)
 
 
 def _moved_forward(*args):
@@ -138,8 +143,8 @@ def _moved_forward(*args):
 def _moved_backward(kept, g):
     x, w, values, places = kept
     axes = tuple(range(x.ndim - 1))
-    return (jnp.matmul(g, (w + scatter(values.astype(w.dtype), places, w.shape)).T),
-            jax.lax.dot_general(x, g, ((axes, axes), ((), ()))), _at(x, g, places).astype(values.dtype), None)  # fmt: skip
+    return (jnp.matmul(g, _together(w, values, places, x.dtype).T),
+            jax.lax.dot_general(x, g, ((axes, axes), ((), ()))).astype(w.dtype), _at(x, g, places).astype(values.dtype), None)  # fmt: skip
 
 
 def _at(x, g, places):

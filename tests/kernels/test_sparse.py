@@ -219,3 +219,12 @@ def test_an_unfit_order_is_said():
         sparse.co_permute(params, channels=np.tile(np.arange(7), (layers, 1)))
     with pytest.raises(UserError, match="are not different numbers below 4"):
         sparse.first([[1, 1]], 4)
+
+
+def test_a_small_delta_of_a_bfloat16_matrix_is_not_rounded_before_it_is_added():
+    """Float32 activations see S whole, and the gradient sums all tokens, over the end of a block too."""
+    w = jnp.ones((1, 2), jnp.bfloat16)
+    kernel = sparse.Sparse(w, jnp.asarray([0.003, 0.0041]), jnp.asarray([0, 1], jnp.int32))
+    np.testing.assert_array_equal(kernel.dot(jnp.ones((1, 1), jnp.float32)), 1 + kernel.values[None])
+    slope = jax.grad(lambda v: kernel.replace(values=v).dot(jnp.full((70, 1), 2.0, jnp.bfloat16)).astype(jnp.float32).sum())(kernel.values)
+    np.testing.assert_array_equal(slope, [140.0, 140.0])
