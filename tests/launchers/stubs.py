@@ -9,9 +9,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLIENTS = ("gcloud", "kubectl", "xpk", "sbatch", "srun", "squeue", "scontrol", "sudo", "python3.12")
 WORKERS = ("w0", "w1")
 
-# Every stub: notes its words in `calls`; `next FILE` takes the first line of a script, whose last line stays.
+# Every stub: notes its words in `calls`; `next FILE` takes the first line of a script, whose last line stays. Trainings
+# of several workers run side by side, so a note is written under a lock.
 HEAD = """#!/usr/bin/env bash
-{ printf '%s\\0' "${0##*/}" "$@"; printf '\\036\\0'; } >> "$STUBS/calls"
+note() { { if command -v flock > /dev/null; then flock 9; fi; printf '%s\\0' "${@:2}" $'\\036'; } 9>> "$STUBS/$1.lock" >> "$STUBS/$1"; }
+note calls "${0##*/}" "$@"
 next() {
   [ -e "$STUBS/$1" ] || return 0
   head -n 1 "$STUBS/$1"
@@ -58,7 +60,7 @@ esac
 case "$1 $2" in
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
   scripts/train.py*)
-    { printf '%s\\0' "$WORKER" "$@"; printf '\\036\\0'; } >> "$STUBS/trained"
+    note trained "$WORKER" "$@"
     printf 'train: 1/2\\rtrain: 2/2\\n'
     while [ -e "$STUBS/wait" ] && [ ! -e "$STUBS/go" ]; do sleep 0.02; done
     exit "$(if [ "$WORKER" = w0 ]; then status status; else echo 0; fi)" ;;
