@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.atlas.settings import METHODS
+from experiments.atlas.settings import FASTER, METHODS
 from experiments.study import spread
 from ft_jax.analysis import report as page
 
@@ -91,8 +91,8 @@ def _named(table):
     return out
 
 
-def build(context, found):
-    """(title, subtitle, sections) from the parts that are done."""
+def build(context, found, costed):
+    """(title, subtitle, sections) from the parts that are done; ``costed`` names the task whose steps were measured for each."""
     sections = []
     for name, task in context.setting.tasks.items():
         base = context.get(f"{name}_base")
@@ -102,13 +102,15 @@ def build(context, found):
         if not table:
             continue
         lost = [m for m, v in found[name].items() if not any(r["method"] == m for r in table)]
+        faster = ", ".join(f"{m}: {FASTER[m]:g} times as large" for m in FASTER if m in task.rows)
         how = (f"{len(table)} methods, {task.steps} steps of {task.batch_size}, {len(task.seeds)} seeds. Every method tried the learning rates "
-               f"{', '.join(f'{r:g}' for r in task.rates)} (SGD's a hundred times as large) with the first seed, and took the one of the least validation loss "
+               f"{', '.join(f'{r:g}' for r in task.rates)}{f' ({faster})' if faster else ''} with the first seed, and took the one of the least validation loss "
                f"for the others too; a star: the best one is at an end. Scores are of test data. Runs of one seed see the same batches, so the difference "
                f"from full fine-tuning's loss is taken seed by seed. Spectra are the first seed's. The base model's loss is {base['task']['loss']:.3f}, its accuracy "
                f"{base['task']['accuracy']:.3f}, its ECE {base['task']['ece']:.3f}. The table begins with the least loss, which tells methods apart where so few "
                f"examples leave accuracies within their spread. "
-               f"Forgetting is {FORGOT[task.objective]}. Time is that of a step over one of full fine-tuning, the least of each, in turn on the same machine. "
+               f"Forgetting is {FORGOT[task.objective]}. Time is that of a step over one of full fine-tuning, the least of each, in turn on the same machine"
+               f"{'' if context.setting.tasks[costed[name]] is task else f'; it and FLOPs are of steps on {costed[name]}'}. "
                "A mask that picks single weights keeps optimiser state for the leaves that it picks from: read what trains as what changed.")  # fmt: skip
         blocks = [how, _scatter(task, table, base), page.table(table, COLUMNS, f"{task.line}: click a heading to sort by it.", sortable=True)]
         if lost:

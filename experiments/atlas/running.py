@@ -10,7 +10,7 @@ import numpy as np
 
 from configs.train import method as method_of
 from experiments import measure
-from experiments.atlas.settings import METHODS, SLOW, SLOWER
+from experiments.atlas.settings import FASTER, METHODS
 from ft_jax import importance, population, train, tree
 from ft_jax.analysis import forgetting, predictions, spectral, topk
 from ft_jax.data import pipeline, sources
@@ -93,7 +93,7 @@ def method(context, name, task, row):
 
 def rates(task, row):
     """The learning rates that a method tries."""
-    return tuple(r * (SLOWER if method_of(METHODS[row][1])[1].get("name") in SLOW else 1.0) for r in task.rates)
+    return tuple(r * FASTER.get(row, 1.0) for r in task.rates)
 
 
 def _tried(rate, summary):
@@ -121,7 +121,7 @@ def _full_step(context, task):
 
 
 def cost(context, task, row):
-    """FLOPs of a compiled step, and its time over that of full fine-tuning, their steps timed in turn (the least of each, which others on the machine disturb least)."""
+    """FLOPs of a compiled step, and its time over that of full fine-tuning, timed in turn: the least of each, which others on the machine disturb least."""
     own, full = _step(context, task, row), _full_step(context, task)
     times = {0: [], 1: []}
     for i in range(2 * (CLOCKED + 1)):

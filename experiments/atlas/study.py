@@ -23,10 +23,16 @@ def parts(setting):
         for method in task.rows:
             out[part(name, method)] = functools.partial(_method, name, task, method)
     # Apart, as they want a machine to themselves: --only='.*_cost'
-    for name, task in setting.tasks.items():
-        for method in task.rows:
-            out[f"{part(name, method)}_cost"] = functools.partial(_cost, name, task, method)
+    for name in setting.tasks:
+        for method in setting.tasks[name].rows if costed(setting, name) == name else ():
+            out[f"{part(name, method)}_cost"] = functools.partial(_cost, name, setting.tasks[name], method)
     return out
+
+
+def costed(setting, name):
+    """The task whose steps stand for this one's: the first on the same base model with the same rows."""
+    mine = setting.tasks[name]
+    return next(n for n, t in setting.tasks.items() if (t.model, t.rows, t.batch_size) == (mine.model, mine.rows, mine.batch_size))
 
 
 def _call(fn, task, context):
@@ -49,7 +55,7 @@ def found(context):
     """``{task: {method: value}}`` of the parts that are done; UserError for one that was made by another text than its row's."""
     out = {}
     for name, task in context.setting.tasks.items():
-        out[name] = {m: value | {"cost": context.get(f"{part(name, m)}_cost")} for m in task.rows if (value := context.get(part(name, m)))}
+        out[name] = {m: value | {"cost": context.get(f"{part(costed(context.setting, name), m)}_cost")} for m in task.rows if (value := context.get(part(name, m)))}
         for method, value in out[name].items():
             if value["method"] != METHODS[method][1]:
                 raise UserError(f"the part {part(name, method)} was made by {value['method']!r}, and its row says {METHODS[method][1]!r} now: "
@@ -60,5 +66,5 @@ def found(context):
 STUDY = Study(
     name="atlas",
     question="What does each way to adapt a network reach, forget, cost and leave in the weights, all measured alike?",
-    scales=SCALES, parts=parts, page=lambda context: report.build(context, found(context)),
+    scales=SCALES, parts=parts, page=lambda context: report.build(context, found(context), {name: costed(context.setting, name) for name in context.setting.tasks}),
 )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from configs.train import method
 from experiments import study as shared
 from experiments.atlas import report, running, settings
-from experiments.atlas.study import STUDY, found, parts
+from experiments.atlas.study import STUDY, costed, found, parts
 from ft_jax import registry
 from ft_jax.masks import split_outside
 from tests import folders
@@ -76,8 +76,15 @@ def test_every_row_is_a_method(name):
 
 def test_parts_have_names_of_their_own():
     for setting in settings.SCALES.values():
-        wanted = sum(2 * len(t.rows) + 1 + any("scores=" in settings.METHODS[m][1] for m in t.rows) for t in setting.tasks.values())
+        wanted = sum((1 + (costed(setting, n) == n)) * len(t.rows) + 1 + any("scores=" in settings.METHODS[m][1] for m in t.rows) for n, t in setting.tasks.items())
         assert len(parts(setting)) == wanted
+    assert {n: costed(settings.SCALES["cpu"], n) for n in settings.SCALES["cpu"].tasks} == {"imdb": "imdb", "subjects": "imdb", "sentences": "sentences"}
+
+
+def test_rows_with_larger_rates_are_rows():
+    assert set(settings.FASTER) <= set(settings.METHODS)
+    task = settings.SCALES["cpu"].tasks["imdb"]
+    assert running.rates(task, "C3A") == tuple(36 * r for r in running.rates(task, "full"))
 
 
 def test_spectra_of_an_unchanged_tree():
