@@ -3,6 +3,8 @@
 Einsum letters: i input, o output, r rank, m all singular values.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ from ft_jax.kernels.lowrank import LowRank, _sizes
 from ft_jax.kernels.scale import ScaledOut
 from ft_jax.kernels.sparse import Factors
 from ft_jax.registry import register
+
+_HADAMARD = functools.reduce(np.kron, [np.array([[1.0, 1.0], [1.0, -1.0]])] * 4)
 
 
 @struct.dataclass
@@ -42,11 +46,12 @@ class Intrinsic(Kernel):
 
     def delta(self):
         """The change of W."""
-        n = self.order.shape[-1]
+        n, d = self.order.shape[-1], self.z.shape[-1]
         *stack, d_in, d_out = self.shape
-        z = self.z * self.signs
-        padded = jnp.concatenate([z, jnp.zeros((*z.shape[:-1], n - z.shape[-1]), z.dtype)], -1)
-        mixed = jnp.take_along_axis(hadamard(padded), self.order, axis=-1) * self.gains
+        # H of a vector that is 0 from c on repeats H_c of its beginning: a transform of c numbers stands for one of n.
+        c = 1 << (d - 1).bit_length()
+        beginning = jnp.concatenate([self.z * self.signs, jnp.zeros((*stack, c - d), self.z.dtype)], -1)
+        mixed = jnp.take_along_axis(hadamard(beginning) * (c / n) ** 0.5, self.order % c, axis=-1) * self.gains
         return (hadamard(mixed)[..., : d_in * d_out] * (n / (d_in * d_out)) ** 0.5).reshape(*stack, d_in, d_out)
 
 
@@ -63,9 +68,10 @@ class StructuredIntrinsic(Intrinsic):
 
 
 def hadamard(x):
-    """H x over the last axis, of a power of two n, in n log n additions; H Hᵀ = I."""
-    n, half = x.shape[-1], 1
-    shape = x.shape
+    """H x over the last axis, of a power of two n, in n log n additions after a product with H of 16; H Hᵀ = I."""
+    n, shape = x.shape[-1], x.shape
+    half = min(n, 16)  # numbers nearer to each other than that are slow to add and subtract one by one
+    x = jnp.matmul(x.reshape(*shape[:-1], -1, half), jnp.asarray(_HADAMARD[:half, :half], x.dtype), precision="highest")
     while half < n:
         pairs = x.reshape(*shape[:-1], -1, 2, half)
         first, second = pairs[..., 0, :], pairs[..., 1, :]
