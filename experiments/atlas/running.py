@@ -16,7 +16,8 @@ from ft_jax.analysis import forgetting, predictions, spectral, topk
 from ft_jax.data import pipeline, sources
 from ft_jax.io import hf, tokenizer
 from ft_jax.io.runs import load_run
-from ft_jax.kernels import merge
+from ft_jax.kernels import is_kernel, merge
+from ft_jax.kernels.mixture import Experts
 
 K, EPS = 10, (0.5, 0.9)
 CLOCKED = 6  # steps of a method and of full fine-tuning that are timed in turn
@@ -171,9 +172,12 @@ class World:
 
     def measure(self, params, spectra_too):
         """Scores, the share of weights that changed and, if wanted (seeds matter little to them), the spectra of what changed."""
+        # Experts weighed by the input stand for no one matrix: they are scored as they are, and leave the base's weights as adapters do.
+        beside = jax.tree.map(lambda x: x.base if isinstance(x, Experts) else x, params, is_leaf=is_kernel)
         # Placed like the base's: a jitted function that has seen one tree is not compiled again for the next.
-        dense = jax.tree.map(lambda x: jax.numpy.asarray(np.asarray(x)), merge(params))
-        found = {"scores": self.scores(dense), "changed": changed(self.params, dense)}
+        dense = jax.tree.map(lambda x: jax.numpy.asarray(np.asarray(x)), merge(beside))
+        mixed = any(isinstance(x, Experts) for x in jax.tree.leaves(params, is_leaf=is_kernel))
+        found = {"scores": self.scores(params if mixed else dense), "changed": changed(self.params, dense)}
         return found | ({"spectra": spectra(self.spectra_base, measure.matrices(dense))} if spectra_too else {})
 
 

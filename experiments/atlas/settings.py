@@ -69,7 +69,7 @@ METHODS = {
     "Houlsby": ("adapter", "houlsby(size=16)"),
     "Pfeiffer": ("adapter", "pfeiffer(size=16)"),
     "parallel adapter": ("adapter", "parallel_adapter(size=16)"),
-    "adapter, unified view": ("adapter", "adapter(form=parallel, size=16)"),
+    "scaled parallel adapter": ("adapter", "adapter(form=parallel, size=16, scale=4, learnt=true)"),
     "mix-and-match": ("adapter", "mam_adapter(size=16)+prefix_tuning(length=10)"),
     "Compacter": ("adapter", "compacter(size=24)"),
     "Polyhistor": ("adapter", "polyhistor"),

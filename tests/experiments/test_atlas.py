@@ -15,7 +15,7 @@ from ft_jax import registry
 from ft_jax.masks import split_outside
 from tests import folders
 
-TRIED = ("full", "LoRA r=1", "LT-SFT", "full, SGD")
+TRIED = ("full", "LoRA r=1", "LoRAMoE", "LT-SFT", "full, SGD")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,7 @@ def test_rows_and_page(done):
     assert table["full"]["key"] < base["task"]["loss"]  # it learns
     assert table["full"]["trained"] > table["LoRA r=1"]["trained"] and table["full"]["changed"] > table["LT-SFT"]["changed"] > 0
     assert table["LoRA r=1"]["flops"] < 0.9 and table["full"]["flops"] == pytest.approx(1)
+    assert table["LoRAMoE"]["changed"] == 0 and table["LoRAMoE"]["erank"] is None and table["LoRAMoE"]["key"] < base["task"]["loss"]  # a mixture is no matrix
     assert table["LoRA r=1"]["erank"] == pytest.approx(1, abs=0.01) and table["full"]["erank"] > 2
     value = found(context)["tiny"]["full"]
     assert [t["loss"] is None for t in value["tried"]] == [False, False, True]  # 1e30 diverges and loses nothing else
