@@ -58,9 +58,22 @@ def _quantise(x, signed):
     if x.size < SMALLEST:
         return x
     blocks = jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
-    scale, values = jnp.abs(blocks).max(1), dynamic_codes(signed)
-    places = jnp.searchsorted(jnp.asarray((values[1:] + values[:-1]) / 2), blocks / jnp.maximum(scale, 1e-30)[:, None])
-    return EightBit(places.astype(jnp.uint8), scale)
+    scale = jnp.abs(blocks).max(1)
+    return EightBit(_nearest(blocks / jnp.maximum(scale, 1e-30)[:, None], signed).astype(jnp.uint8), scale)
+
+
+def _nearest(x, signed):
+    """Places in `dynamic_codes` of the values nearest to x in [-1, 1], by the bin in its decade; a binary search takes some twenty times as long."""
+    codes = dynamic_codes(signed)
+    codes, size = codes[codes >= 0], jnp.abs(x)
+    counts = [1, *(2 ** (6 - i + (not signed)) for i in range(6, -1, -1)), 1]  # 0, the decades, 1
+    place, low, bins, last = (jnp.zeros_like(size) for _ in range(4))  # those of 0
+    for start, count in zip(np.cumsum(counts).tolist(), counts[1:]):
+        width = float(codes[start + 1] - codes[start]) if count > 1 else 1.0
+        above, own = size > (codes[start] + codes[start - 1]) / 2, (start, float(codes[start]) - width / 2, 1 / width, count - 1)
+        place, low, bins, last = (jnp.where(above, new, old) for new, old in zip(own, (place, low, bins, last)))
+    place += jnp.clip(jnp.floor((size - low) * bins), 0, last)
+    return jnp.where(x < 0, 127 - jnp.minimum(place, 127), 127 + place) if signed else place
 
 
 def _dequantise(x, like, signed):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from ft_jax import registry, updates
 
@@ -17,6 +18,16 @@ def test_the_codes_of_eight_bits_are_the_published_table():
     assert ((signed > 0.1) & (signed < 1)).sum() == 64 and ((positive > 0.1) & (positive < 1)).sum() == 128
     np.testing.assert_allclose(signed[signed > 0][0], 0.55e-6, rtol=1e-6)
     np.testing.assert_allclose(positive[1:3], [0.325e-6, 0.775e-6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_place_of_a_number_is_that_of_its_nearest_code(signed):
+    rng, codes = np.random.default_rng(0), updates.dynamic_codes(signed)
+    x = np.concatenate([rng.uniform(0, 1, 5000), 10 ** rng.uniform(-9, 0, 5000), codes[codes >= 0], [1, 0, 1e-30]]).astype(np.float32)
+    x = np.concatenate([x, -x]) if signed else x
+    far = np.abs(x[:, None] - codes)
+    lost = np.take_along_axis(far, np.asarray(updates._nearest(jnp.asarray(x), signed)).astype(int)[:, None], 1)[:, 0] - far.min(1)
+    assert lost.max() <= 1e-7 and (lost > 0).mean() < 1e-3, "halfway between two codes either is near"
 
 
 def coded(x, signed):
