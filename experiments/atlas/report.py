@@ -61,24 +61,42 @@ def _row(base, full, method, value):
 
 
 def _scatter(task, table, base):
-    fig, axes = page.new_figure(7.2, 3.6, 1, 2, sharey=True)
+    fig, axes = page.new_figure(8.6, 4.4, 1, 2, sharey=True)
     families = list(dict.fromkeys(f for f, _ in METHODS.values()))
-    marks = "os^vDP*Xhp"
+    marks, level = "os^vDP*Xhp", base["task"]["loss"]
+    # Of many methods the few that went astray would squeeze all others into a corner.
+    most = max(level - table[0]["key"], 0.05 * level)
+    top, right = (level + most, float(np.quantile([r["forgot"] for r in table], 0.95))) if len(table) >= 20 else (np.inf, np.inf)
+    kept = [{**r, "key": min(r["key"], top), "forgot": min(r["forgot"], right)} for r in table]
     for ax, key in zip(axes, ("forgot", "trained")):
         for i, family in enumerate(families):
-            mine = [r for r in table if r["family"] == family]
+            mine = [r for r in kept if r["family"] == family]
             if mine:
                 ax.plot([r[key] for r in mine], [r["key"] for r in mine], ls="", marker=marks[i % len(marks)], ms=5, alpha=0.85,
-                        color=page.PALETTE[i % len(page.PALETTE)], label=family)  # fmt: skip
-        ax.axhline(base["task"]["loss"], ls="--", lw=0.9, color="#8c8577")
-    for r in _named(table):
-        axes[0].annotate(r["method"], (r["forgot"], r["key"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+                        color=page.PALETTE[i % len(page.PALETTE)], label=family, clip_on=False)  # fmt: skip
+        ax.axhline(level, ls="--", lw=0.9, color="#8c8577")
     axes[1].set_xscale("log")
     axes[0].set_xlabel("forgetting (nats)")
     axes[1].set_xlabel("weights that train (% of all)")
     axes[0].set_ylabel("loss on held-out data (nats)")
     fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", fontsize=7, ncols=7)
-    return page.figure(fig, f"Score against forgetting and against what trains ({task.line}); each point is a method, mean over seeds. Dashed: the base model.")
+    _label(fig, axes[0], _named(table))
+    beyond = ", ".join(r["method"] for r in table if r["key"] > top or r["forgot"] > right)
+    return page.figure(fig, f"Score against forgetting and against what trains ({task.line}); each point is a method, mean over seeds. Dashed: the base model. "
+                       f"Named: methods that none beats in both, where there is room.{f' Drawn nearer than they are: {beyond}.' if beyond else ''}")  # fmt: skip
+
+
+def _label(fig, ax, rows):
+    """Names beside points, but for those that would lie on another name."""
+    fig.canvas.draw()
+    taken = []
+    for r in rows:
+        text = ax.annotate(r["method"], (r["forgot"], r["key"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        box = text.get_window_extent()
+        if any(box.overlaps(other) for other in taken):
+            text.remove()
+        else:
+            taken.append(box)
 
 
 def _named(table):
