@@ -146,7 +146,8 @@ def _mask(base, params, spec, method):
         raise UserError(f"nothing of the method's kernels and taps trains: mask {text!r} with the rules {list(rules)} "
                         "freezes all that they add; two methods want the same leaves")
     if not any(jax.tree.leaves(mask)):
-        raise UserError(f"nothing trains: the rules {method.get('trainable')} leave every leaf frozen")
+        what = f"the rules {list(rules)} leave" if text == "rules" else f"mask {text!r} leaves"
+        raise UserError(f"nothing trains: {what} every leaf of {spec['path']!r} frozen")
     if drawn and not any(trains for p, trains in tree.flatten(mask).items() if p in drawn):
         raise UserError(f"{spec['path']!r} has no weights for {', '.join(drawn)}, and the rules {method.get('trainable')} keep "
                         "them frozen as they were drawn at random; let them train, or take a base that has them")

@@ -24,7 +24,8 @@ from ft_jax.io import files
 
 LOGITS = re.compile(r"^(.+?): ([\d.]+e[+-]\d+) of ([\d.]+) \(")
 STEP = re.compile(r"^(.+?): a step moves the weights by ([\d.]+e[+-]\d+), ours differ by ([\d.]+e[+-]\d+)")
-FAMILIES = ("llama", "bert", "roberta")
+FAMILIES = ("llama", "bert", "roberta", "mistral", "qwen3")
+NAMES = {"lstm": "P-tuning, LSTM", "mlp": "P-tuning, MLP", "prompt": "prompt tuning", "prefix": "prefix tuning", "projected": "prefix tuning, projected"}
 KINDS = {"theirs": r"theirs|both_ways|ln_tuning", "ours": r"ours|written here|again"}  # of a test's name or of what it says, in this order
 
 
@@ -50,9 +51,10 @@ def figures(path):
 
 
 def _named(text):
-    words = re.sub(r", written here| again| as LoRA", "", text).split()
+    words = re.sub(r", written here| again| as LoRA| of one layer", "", text).split()
     family = next((w for w in words if w in FAMILIES), "llama")
-    return {"method": " ".join(w for w in words if w not in FAMILIES), "family": family}
+    method = " ".join(w for w in words if w not in FAMILIES)
+    return {"method": NAMES.get(method, method), "family": family}
 
 
 def table(rows):

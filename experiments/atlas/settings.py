@@ -170,7 +170,7 @@ HALVES = {"source": "lambada", "texts": 96, "words": 36, "batch": 48, "length": 
 PASSAGES = {"source": "lambada", "max_length": 72, "eval_limit": 36, "append_eos": False}
 _MINILM = {"model": "minilm", "objective": "classification", "steps": 48, "batch_size": 8,
            "seeds": (0, 1, 2), "test": ("test", 320), "eval_batch": 40, "forgetting": HALVES}  # fmt: skip
-SUBSET = ("full", "LoRA r=1", "LoRA r=8", "DoRA", "PiSSA", "(IA)³", "QLoRA (NF4)", "BitFit", "LISA")
+SUBSET = ("full", "LoRA r=1", "LoRA r=8", "DoRA", "PiSSA", "(IA)³", "QLoRA (NF4)", "LN tuning", "LISA")  # no BitFit: a Llama has no biases
 SCALES = {
     "smoke": Setting({"imdb": Task(**_MINILM | {
         "data": IMDB | {"limit": 64, "eval_limit": 20, "max_length": 16}, "methods": ("full", "LoRA r=8", "(IA)³", "FISH mask", "full, SGD"),
