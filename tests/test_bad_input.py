@@ -189,7 +189,7 @@ def assert_one_line(done, says):
         assert text in done.errors[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if i % 4 else []) for i, n in enumerate(CASES)])
 def test_one_line_before_compute(name, home, script):
     which, arguments, says = CASES[name]
     before = hashes(home)

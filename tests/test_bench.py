@@ -93,6 +93,7 @@ def test_more_tokens_a_second_are_better():
     assert row["ratio"] == 3
 
 
+@pytest.mark.slow
 def test_a_step_beside_the_peer_s_in_processes_of_their_own(monkeypatch):
     monkeypatch.setattr(worker, "python_of", lambda package, own=worker.python_of: None if package == "tunix" else own(package))
     rows = {row["name"]: row for row in steps.rows("lora", 2, 8, TINY, repeats=1)}
@@ -151,6 +152,7 @@ def test_a_side_that_fails_says_why():
         worker.Worker("worker:nothing", {})
 
 
+@pytest.mark.slow
 def test_memory_by_method():
     rows = {row["name"]: row for row in memory.rows(TINY | {"vocab_size": 512}, shapes=((2, 32),), remats=("none", "full"))}
     assert len(rows) == 9
@@ -164,6 +166,7 @@ def test_a_bank_beside_one_adapter():
     assert [row["peer_name"] for row in rows] == ["one adapter", "no adapter"] and all(len(row["ours"]) == len(row["peer"]) == 2 for row in rows)
 
 
+@pytest.mark.slow
 def test_packed_batches_and_waiting():
     rows = list(datapath.rows(TINY | {"vocab_size": 49152}, layers=1, repeats=1, examples=200, batch=2, length=32, count=4, steps=2))
     assert [row["unit"] for row in rows] == ["tokens/s", "tokens/s", "% of step"]

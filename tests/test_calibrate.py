@@ -34,6 +34,7 @@ def config(home, method, **changes):
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_moments_are_those_of_the_inputs_of_each_matrix(family):
     """x W as the model has it: what a site holds times the matrix is what comes out of it; padding does not count."""

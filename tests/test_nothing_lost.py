@@ -60,6 +60,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "bit" else k for k in DAMAGE])
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_goes_on(kind, reference, tmp_path, capsys):
     folder = unfinished(reference, tmp_path / "run")

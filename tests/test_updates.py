@@ -310,6 +310,7 @@ def of_task(task):
     return make_objective(name, model), params, registry.call("mask", "rules", params, 0), batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 def test_accumulated_steps_equal_whole_ones(task):
     objective, params, mask, batch = of_task(task)

@@ -40,6 +40,7 @@ def gathered(model, params, batch):
     return np.asarray(logits)[np.arange(len(places)), places][:, IDS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama", "qwen2"])
 def test_logits_are_those_of_the_language_model(family):
     model = make_model(family, LANGUAGE_HEADS[make_model(family).config.kind])

@@ -26,6 +26,7 @@ def setting(text, family="bert", where=LINEAR, frozen=0, size=0.1):
     return make_objective(name, model), params, batch, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["lora(rank=2)", "sara(share=0.1)", "adalora(rank=2, orthogonality=0)", "loramoe(experts=3, rank=2, balance=0)",
                                   "pela(share=0.5)"])  # fmt: skip
 def test_nothing_is_paid_where_no_kernel_declares_a_term(text):

@@ -217,6 +217,7 @@ def flops(name=None, only_head=False):
     return step_flops(lambda p, b: jnp.square(model.apply(p, b)).mean(), params, mask, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_step_costs_no_more_than_full_fine_tuning(name):
     assert flops(only_head=True) < flops(name) < flops(), flops(name) / flops()

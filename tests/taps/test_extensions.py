@@ -113,6 +113,7 @@ EVERY = [pytest.param(name, family, marks=() if (i + j) % 2 else pytest.mark.slo
          for i, name in enumerate(NAMES) for j, family in enumerate(FAMILIES)]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, family", EVERY)
 def test_shapes_start_counts_and_learning(name, family):
     """Output and captures keep the caller's shape; what is declared trains, all of it, as many as the paper says; the loss falls."""

@@ -45,6 +45,7 @@ def config(home, text, **groups):
     return {**cfg, **groups}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_the_loss_falls_and_the_run_is_read_back(text, home, tmp_path):
     train.train(config(home, text), tmp_path / "run")
