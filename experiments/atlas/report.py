@@ -12,7 +12,7 @@ FORGOT = {
 }
 COLUMNS = [
     ("method", "method"), ("family", "family"), ("loss", "loss"), ("paired", "loss − full's"), ("accuracy", "accuracy"), ("forgetting", "forgetting"), ("ece", "ECE"), ("rate", "learning rate"),
-    ("trained", "trained (%)", ".3f"), ("changed", "changed (%)", ".2f"), ("bytes", "optimiser (MB)", ".3f"), ("flops", "FLOPs / full", ".2f"), ("time", "time / full", ".2f"),
+    ("trained", "trained (%)", ".3f"), ("changed", "changed (%)", ".2f"), ("bytes", "optimiser (MB)", ".3f"), ("flops", "product FLOPs / full", ".2f"), ("time", "time / full", ".2f"),
     ("i5", "intruders, ε = .5", ".1f"), ("i9", "ε = .9", ".1f"), ("erank", "effective rank", ".1f"), ("norm", "‖ΔW‖", ".2f"),
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ import numpy as np
 from configs.train import method as method_of
 from experiments import measure
 from experiments.atlas.settings import FASTER, METHODS
-from ft_jax import importance, population, train, tree
+from ft_jax import flops, importance, population, train, tree
 from ft_jax.analysis import forgetting, predictions, spectral, topk
 from ft_jax.data import pipeline, sources
 from ft_jax.io import hf, tokenizer
@@ -107,32 +107,34 @@ def _tried(rate, summary):
 
 
 def _step(context, task, row):
-    """``(compiled step, state, frozen, batch)`` of one run by itself."""
+    """``(step, state, frozen, batch)`` of one run by itself."""
     parts = train.prepare(train.ready(config(context, task, row, 0, task.rates[0])))
     trainable, frozen = tree.split(parts["params"], parts["mask"])
     state = train.TrainState(jax.numpy.zeros((), jax.numpy.int32), trainable, parts["tx"].init(trainable))
     batch = next(iter(pipeline.batches(parts["data"]["train"], task.batch_size, 0)))
-    step = jax.jit(train.make_step(parts["objective"], parts["tx"], 1, 0))
-    return step.lower(state, frozen, batch).compile(), state, frozen, batch
+    return train.make_step(parts["objective"], parts["tx"], 1, 0), state, frozen, batch
 
 
 @functools.lru_cache(maxsize=1)
 def _full_step(context, task):
-    return _step(context, task, "full")
+    return _compiled(*_step(context, task, "full"))
+
+
+def _compiled(step, *arguments):
+    return flops.count(step, *arguments), jax.jit(step).lower(*arguments).compile(), *arguments
 
 
 def cost(context, task, row):
-    """FLOPs of a compiled step, and its time over that of full fine-tuning, timed in turn: the least of each, which others on the machine disturb least."""
-    own, full = _step(context, task, row), _full_step(context, task)
+    """FLOPs of a step's products (loops as often as they run, which XLA's own count has once), and its time over that of full fine-tuning, timed in turn: the least of each, which others on the machine disturb least."""
+    (mine, *own), (theirs, *full) = _compiled(*_step(context, task, row)), _full_step(context, task)
     times = {0: [], 1: []}
     for i in range(2 * (CLOCKED + 1)):
         step, *arguments = (own, full)[i % 2]
         started = time.perf_counter()
         jax.block_until_ready(step(*arguments))
         times[i % 2].append(time.perf_counter() - started)
-    mine, theirs = (min(times[i][1:]) for i in (0, 1))
-    flops = [step.cost_analysis()["flops"] for step, *_ in (own, full)]
-    return {"flops": flops[0], "flops_of_full": flops[0] / flops[1], "time_of_full": mine / theirs}
+    least = [min(times[i][1:]) for i in (0, 1)]
+    return {"flops": mine, "flops_of_full": mine / theirs, "time_of_full": least[0] / least[1]}
 
 
 # What became of the weights, and what they can do
