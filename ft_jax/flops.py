@@ -3,11 +3,16 @@
 import math
 
 import jax
+from jax.interpreters import partial_eval
 
 
 def count(fn, *args):
-    """FLOPs of the matrix products and convolutions of ``fn(*args)``; args may be shapes. A branch counts as its dearest one."""
-    return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+    """FLOPs of the matrix products and convolutions of ``fn(*args)``; args may be shapes. A branch counts as its dearest one.
+
+    What no output needs does not count: XLA drops it too (a custom gradient's products for a frozen weight).
+    """
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _count(jaxpr):

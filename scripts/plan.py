@@ -128,6 +128,7 @@ def main(argv=None):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={int(count) * args.slices}"
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the topology's compiler is asked for by name, and no device is opened
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # for the same reason: plans may be made beside each other
     if args.table:
         return table(args)
     row = planned(args)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft_jax import models, train, tree
+from ft_jax import flops, models, train, tree
 from ft_jax.models.config import ARCHITECTURES
 
 VOCAB, PAD, MASK = 64, 0, 4  # ids below FIRST are special, as in BERT's vocabularies
@@ -85,9 +85,17 @@ def step_flops(loss, params, mask, *args, compiled=True):
 
     XLA's own count, in which the body of a scan counts once; of the compiled program, or of what goes into XLA.
     """
-    trainable, frozen = tree.split(params, mask)
-    lowered = jax.jit(jax.value_and_grad(lambda t, f, *xs: loss(tree.join(t, f), *xs))).lower(trainable, frozen, *args)
+    lowered = jax.jit(_step(loss)).lower(*tree.split(params, mask), *args)
     return (lowered.compile() if compiled else lowered).cost_analysis()["flops"]
+
+
+def product_flops(loss, params, mask, *args):
+    """What `step_flops` counts, of matrix products alone and with a loop as often as it runs."""
+    return flops.count(_step(loss), *tree.split(params, mask), *args)
+
+
+def _step(loss):
+    return jax.value_and_grad(lambda trainable, frozen, *xs: loss(tree.join(trainable, frozen), *xs))
 
 
 def assert_trees_close(first, second, **tolerance):

@@ -13,8 +13,9 @@ from ft_jax.kernels.aware import RemovedOrthogonal, ReplacedOrthogonal, Subspace
 from ft_jax.kernels.blocks import BlockAffine, Shards
 from ft_jax.kernels.lowrank import Dora, LowRankB
 from ft_jax.kernels.orthogonal import Butterfly, Reflected, Rotated, RotatedBySeries, Turned, side
-from ft_jax.kernels.products import Hadamard, Kronecker, RandomBases, Scattered, SharedRank, factorisation
+from ft_jax.kernels.products import Hadamard, Kronecker, RandomBases, SharedRank, factorisation
 from ft_jax.kernels.scale import ScaledIn, ScaledOut
+from ft_jax.kernels.sparse import Scattered
 from ft_jax.kernels.subspace import Triplets
 
 PADDED = (LowRank, Dora, Hadamard, Triplets)  # where zeros make a smaller rank as large as its neighbours'

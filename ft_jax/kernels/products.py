@@ -235,55 +235,6 @@ def randlora(w, rng, *, rank=32, alpha=640.0, seed=0):
 
 
 @struct.dataclass
-class Scattered(Kernel):
-    """W + values at the flat ``places`` (row · d_out + column) of W, W frozen; values and places ``[..., n]``."""
-
-    base: jax.Array | Kernel
-    values: jax.Array
-    places: jax.Array
-
-    trainable = ("values",)
-
-    def _change(self):
-        d_in, d_out = self.base.shape[-2:]
-
-        def fill(values, places):
-            return jnp.zeros(d_in * d_out, values.dtype).at[places].set(values).reshape(d_in, d_out)
-
-        for _ in self.values.shape[:-1]:
-            fill = jax.vmap(fill)
-        return fill(self.values, self.places)
-
-    def dot(self, x):
-        if isinstance(self.base, Kernel):
-            return dot(self.base, x) + jnp.matmul(x, self._change().astype(x.dtype))
-        return jnp.matmul(x, self.dense().astype(x.dtype))
-
-    def dense(self):
-        return dense(self.base) + self._change()
-
-
-@register("kernel", "shira", paper="arXiv:2406.13175", fit={"rank": 4}, flops=1.1)
-def shira(w, rng, *, rank=8):
-    """SHiRA: W plus a sparse change at rank (d_in + d_out) random places drawn once, as many numbers as LoRA trains, all 0.
-
-    W with its change is one product, as in PEFT; its gradient is full: a step costs what full fine-tuning does, the
-    optimiser's state no more than LoRA's. UserError where the places outnumber the entries of W.
-    """
-    *stack, d_in, d_out = _positive(rank, w)
-    count = rank * (d_in + d_out)
-    if count > d_in * d_out:
-        raise UserError(f"shira: rank {rank} makes {count} places, a {d_in}x{d_out} matrix has {d_in * d_out}; largest rank: "
-                        f"{d_in * d_out // (d_in + d_out)}")
-
-    def draw(key):
-        return jnp.sort(jax.random.permutation(key, d_in * d_out)[:count]).astype(jnp.int32)
-
-    places = jax.lax.map(draw, jax.random.split(rng, math.prod(stack))).reshape(*stack, count)
-    return Scattered(w, jnp.zeros((*stack, count), jnp.float32), places)
-
-
-@struct.dataclass
 class Bounded(Kernel):
     """W + bound / r · diag(norms) Σ_j a_j b_jᵀ / (‖a_j‖ ‖b_j‖), W frozen; A ``[..., d_in, r]``, B ``[..., r, d_out]``.
 

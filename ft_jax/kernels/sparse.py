@@ -40,6 +40,11 @@ class Sparse(Kernel):
 
 
 @struct.dataclass
+class Scattered(Sparse):
+    """SHiRA's: `Sparse` at places that were drawn, which is a kind of its own in PEFT."""
+
+
+@struct.dataclass
 class SparseNorm(Sparse):
     """`Sparse` with SaRA's term ‖(W + S) ⊙ M‖_*, M the trained places: one SVD a matrix and step."""
 
@@ -207,6 +212,24 @@ def sparse(w, rng, *, share=0.01, pick="largest"):
     share outside (0, 1] and an unknown pick.
     """
     return _sparse(w, rng, share, pick)
+
+
+@register("kernel", "shira", paper="arXiv:2406.13175", fit={"rank": 4})
+def shira(w, rng, *, rank=8):
+    """SHiRA: W plus a sparse change at rank (d_in + d_out) random places drawn once, as many numbers as LoRA trains, all 0.
+
+    As `sparse` in a step; PEFT's has the gradient of all W. UserError where the places outnumber the entries of W.
+    """
+    *stack, d_in, d_out = w.shape
+    count, largest = rank * (d_in + d_out), d_in * d_out // (d_in + d_out)
+    if not 1 <= rank <= largest:
+        raise UserError(f"rank {rank} makes {count} places, a {d_in}x{d_out} matrix has {d_in * d_out}; largest rank: {largest}")
+
+    def draw(key):
+        return jnp.sort(jax.random.permutation(key, d_in * d_out)[:count]).astype(jnp.int32)
+
+    places = jax.lax.map(draw, jax.random.split(rng, int(np.prod(stack)))).reshape(*stack, count)
+    return Scattered(w, jnp.zeros((*stack, count), jnp.float32), places)
 
 
 @register("kernel", "sara", paper="arXiv:2409.06633")

@@ -12,8 +12,8 @@ from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from ft_jax.errors import UserError
-from ft_jax.kernels.base import Kernel, dense, dot
-from ft_jax.kernels.products import Scattered
+from ft_jax.kernels.base import Kernel, dense, dot, is_kernel
+from ft_jax.kernels.sparse import Sparse, scatter
 from ft_jax.registry import register
 
 
@@ -35,7 +35,7 @@ def places_of(seed, d_in, d_out, count):
 
 
 @struct.dataclass
-class Frequencies(Scattered):
+class Frequencies(Sparse):
     """W + scale · Re F⁻¹(C), W frozen, C zero but for ``values`` at the flat ``places`` of a matrix of W's shape.
 
     F⁻¹ is the inverse discrete Fourier transform in two dimensions. values, places ``[..., n]``; scale, seed ``[...]``:
@@ -45,8 +45,13 @@ class Frequencies(Scattered):
     scale: jax.Array
     seed: jax.Array
 
-    def _change(self):
-        return self.scale[..., None, None] * self._back(Scattered._change(self))
+    def dot(self, x):
+        if is_kernel(self.base):
+            return dot(self.base, x) + jnp.matmul(x, self.delta().astype(x.dtype))
+        return jnp.matmul(x, self.dense().astype(x.dtype))
+
+    def delta(self):
+        return self.scale[..., None, None] * self._back(scatter(self.values, self.places, self.shape))
 
     def _back(self, spectrum):
         # XLA's FFT on a CPU wants rows in order and refuses what the partitioner may hand it otherwise.

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from ft_jax import kernels, masks, parallel, registry, tree
 from ft_jax.errors import UserError
 from ft_jax.io import runs, safetensors
-from tests.helpers import assert_trees_close, inputs, make_batch, make_model, make_params, step_flops
+from tests.helpers import assert_trees_close, inputs, make_batch, make_model, make_params, product_flops, step_flops
 from tests.kernels.trees import D_IN, D_OUT, LAYERS, adapted, hyperparameters, matrix, moved, put, trait
 
 KERNELS = [m.name for m in registry.methods("kernel")]
@@ -187,28 +187,32 @@ def mlp_flops(name=None, multiply=kernels.dot):
     plain = {f"w{i:02d}": {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)} for i, s in enumerate(WIDTHS)}
     params = jax.eval_shape(lambda p: put(p, name, fit=False) if name else p, plain)
     mask = masks.declared(params, 0) if name else jax.tree.map(lambda _: True, params)
-    return step_flops(lambda p, x: mlp(p, x, multiply), params, mask, jax.ShapeDtypeStruct((2048, 768), jnp.float32))
+    args = lambda p, x: mlp(p, x, multiply), params, mask, jax.ShapeDtypeStruct((2048, 768), jnp.float32)
+    return np.array([step_flops(*args), product_flops(*args)])
 
 
 @pytest.fixture(scope="module")
 def full_flops():
     """Forward, input gradient (not of the first layer), weight gradient."""
     counted = mlp_flops()
-    assert counted == pytest.approx((3 * len(WIDTHS) - 1) * 2 * 2048 * 768 * 3072, rel=0.01)
+    np.testing.assert_allclose(counted, (3 * len(WIDTHS) - 1) * 2 * 2048 * 768 * 3072, rtol=0.01)
     return counted
 
 
 @pytest.mark.parametrize("name", COSTLY)
 def test_a_step_costs_no_more_than_declared(name, full_flops):
-    """Below 0.75 the base is neither differentiated nor materialised; what a method declares above that, it needs."""
-    share = mlp_flops(name) / full_flops
+    """Below 0.75 the base is neither differentiated nor materialised; what a method declares above that, it needs.
+
+    By XLA's count, which has all operations but the body of a loop once, and by that of products, loops as often as they run.
+    """
+    share = (mlp_flops(name) / full_flops).max()
     assert share < trait(name, "flops"), f"{share:.3f}"
     assert trait(name, "flops") == 0.75 or share > 0.75, f"{share:.3f}: the method declares more than it needs"
 
 
 def test_the_count_would_see_a_materialised_weight(full_flops):
     """The test above can fail: x (W + A B) costs more than full fine-tuning."""
-    assert mlp_flops("lora", multiply=lambda w, x: x @ w.dense()) > full_flops
+    assert (mlp_flops("lora", multiply=lambda w, x: x @ w.dense()) > full_flops).all()
 
 
 @pytest.mark.parametrize("name", DEAREST)

@@ -25,7 +25,6 @@ COUNTS = {
     "lokr": _lokr,
     "vera": lambda d_in, d_out, rank, inner, seed: rank + d_out,
     "randlora": _randlora,
-    "shira": lambda d_in, d_out, rank: rank * (d_in + d_out),
     "delora": lambda d_in, d_out, rank, bound: rank * (d_in + d_out) + 1,
     "hira": lambda d_in, d_out, rank: rank * (d_in + d_out),
 }
@@ -100,17 +99,6 @@ def test_randlora_sums_full_rank_bases(shape):
     assert 0.8 < a.std() < 1.2 and 0.8 < b.std() < 1.2
 
 
-def test_shira_changes_its_places_alone():
-    kernel, w, f = held("shira(rank=4)")
-    places = np.asarray(kernel.places)
-    assert places.shape == (LAYERS, 4 * (D_IN + D_OUT)) and all(len(set(p)) == len(p) for p in places)
-    assert not np.array_equal(places[0], places[1])
-    want = w.copy().reshape(LAYERS, -1)
-    for row, where, values in zip(want, places, f["values"], strict=True):
-        row[where] += values
-    close(kernel, want.reshape(w.shape))
-
-
 def test_delora_stays_within_its_bound():
     """W + bound / r · diag(‖rows‖) Σ a b ᵀ / (‖a‖ ‖b‖): each term is as long as the bound's share, whatever a and b are."""
     kernel, w, f = held("delora(rank=4, bound=2.0)")
@@ -138,7 +126,6 @@ def test_hira_multiplies_entry_by_entry():
     ("lokr(factor=0)", "lokr: factor 0; it is a size above 0, or -1"),
     ("vera(rank=0)", "rank 0"),
     ("randlora(rank=0)", "rank 0"),
-    ("shira(rank=20)", "shira: rank 20 makes 800 places, a 24x16 matrix has 384; largest rank: 9"),
 ])  # fmt: skip
 def test_unfit_ranks(rule, words):
     with pytest.raises(UserError, match=f"w/kernel: {words}"):

@@ -14,6 +14,7 @@ COUNTS = {
     **dict.fromkeys(("sparse", "sara"), lambda d_in, d_out, share, **_: round(share * d_in * d_out)),
     "dsee": lambda d_in, d_out, rank, entries, **_: rank * (d_in + d_out) + entries,
     "sltrain": lambda d_in, d_out, rank, share, **_: rank * (d_in + d_out) + round(share * d_in * d_out),
+    "shira": lambda d_in, d_out, rank: rank * (d_in + d_out),
     "s2ft": lambda d_in, d_out, share, **_: round(share * d_in) * d_out,
 }
 D_IN, D_OUT, LAYERS = 24, 16, 3
@@ -51,6 +52,15 @@ def test_the_places_are_the_largest_or_smallest_weights(text, sign, stack):
     full = w + scattered(kernel.values, kernel.places, w.shape)
     np.testing.assert_allclose(kernel.dense(), full, rtol=0, atol=1e-6)
     assert np.count_nonzero(np.asarray(kernel.dense()) != w) == n * int(np.prod(stack))
+
+
+def test_shira_changes_its_places_alone():
+    w = matrix(LAYERS, D_IN, D_OUT)
+    kernel = moved(put("shira(rank=4)", w))
+    places = np.asarray(kernel.places)
+    assert places.shape == (LAYERS, 4 * (D_IN + D_OUT)) and all(len(set(p)) == len(p) for p in places)
+    assert not np.array_equal(places[0], places[1])
+    np.testing.assert_allclose(kernel.dense(), w + scattered(kernel.values, places, w.shape), rtol=0, atol=1e-6)
 
 
 def test_random_places_differ_by_layer_and_are_as_many_as_asked():
@@ -198,6 +208,8 @@ def test_s2ft_after_co_permutation_is_a_masked_step_on_the_chosen_channels():
     ("dsee(rank=17)", ["rank 17 does not fit a 24x16 matrix", "largest: 16"]),
     ("dsee(entries=385)", ["entries 385 do not fit a 24x16 matrix", "largest: 384"]),
     ("sltrain(rank=0)", ["rank 0 does not fit"]),
+    ("shira(rank=10)", ["rank 10 makes 400 places, a 24x16 matrix has 384", "largest rank: 9"]),
+    ("shira(rank=0)", ["rank 0 makes 0 places"]),
     ("s2ft(side=inn)", ["side 'inn'", "nearest: 'in'"]),
     ("s2ft(share=2.0)", ["share 2.0"]),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
