@@ -51,9 +51,15 @@ def flip(file, place=0.5):
     file.write_bytes(bytes(data))
 
 
+def spoil(folder, step):
+    """Bits of every file of numbers: about a twentieth of the bytes are of no consequence, superseded or slack in a compression."""
+    for file in numbers(folder, step):
+        for place in (0.1, 0.3, 0.5, 0.7, 0.9):
+            flip(file, place)
+
+
 DAMAGE = {
-    # Of a file's bytes about a twentieth are of no consequence: superseded, or slack in its compression.
-    "bits": lambda folder: [flip(file, place) for file in numbers(folder, 6) for place in (0.1, 0.3, 0.5, 0.7, 0.9)],
+    "bits": lambda folder: spoil(folder, 6),
     "cut": lambda folder: os.truncate(numbers(folder, 6)[0], 100),
     "gone": lambda folder: [p.unlink() for p in numbers(folder, 6)],
     "meta": lambda folder: flip(next((folder / "checkpoints/6/meta").rglob("metadata")), 0.0),
@@ -119,7 +125,7 @@ def test_a_members_damaged_checkpoint_takes_all_back_to_the_one_before(home, tmp
     for name in configs:
         (tmp_path / "stopped" / name / "DONE").unlink()
         shutil.rmtree(tmp_path / "stopped" / name / "checkpoints" / "6")
-    flip(numbers(tmp_path / "stopped" / "two", 4)[0])
+    spoil(tmp_path / "stopped" / "two", 4)
     population.train(configs, tmp_path / "stopped")
     assert "two/checkpoints: the checkpoint of step 4 is damaged" in capsys.readouterr().err
     for name in configs:
