@@ -156,7 +156,8 @@ def greentrainer(trainable, step, *, budget=0.5, scores="", levels=1000):
     """GreenTrainer: the modules of most importance Σ g² whose backward pass costs at most ``budget`` of the whole one.
 
     A module's importance is -Σ g · Δθ of one SGD step, Δθ = -η g; its gradient costs t_dw = 2 · in · out a token, and
-    passing the error below it t_dy, the same; `select` solves for both. The task head trains besides.
+    passing the error below it t_dy, the same; `select` solves for both. The task head trains besides. The budget is counted,
+    not saved: a scan over layers computes all gradients of a stack and shuts some; ``method.freeze_layers`` has none below.
     """
     del step
     if not 0 < budget <= 1:
