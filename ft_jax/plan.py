@@ -5,6 +5,7 @@ The step is the engine's own (`train.make_step`), its arguments are shapes with 
 
 import dataclasses
 import re
+import tempfile
 from pathlib import Path
 
 import jax
@@ -150,15 +151,20 @@ class TooLarge(UserError):
 
 
 def compiled(plan):
-    """The compiled step: the state donated and kept where it is, the frozen half an argument alone. TooLarge where it fits no chip."""
+    """(the compiled step, its text): the state donated and kept where it is, the frozen half an argument alone. TooLarge where it fits no chip.
+
+    The text is what the compiler itself writes: jaxlib, an older XLA than libtpu's, cannot read every program of its.
+    """
     kept = jax.tree.map(lambda x: x.sharding, plan.state)
     lowered = jax.jit(plan.step, donate_argnums=0, out_shardings=(kept, None)).lower(plan.state, plan.frozen, plan.batch)
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise TooLarge(one_line(error)) from None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            program = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise TooLarge(one_line(error)) from None
+        return program, next(Path(folder).glob("*after_optimizations.txt")).read_text()
 
 
 def model_flops(plan):
@@ -191,9 +197,9 @@ def _slices(plan):
     return [getattr(d, "slice_index", 0) for d in plan.mesh.devices.flatten()]
 
 
-def report(plan, program, topology):
-    """What a compiled plan needs and would take: `sizes` and the program's own. Times are bounds from the chip's peaks, in seconds."""
-    memory, text, slices = program.memory_analysis(), program.as_text(), _slices(plan)
+def report(plan, program, text, topology):
+    """What a plan that `compiled` gave needs and would take: `sizes` and the program's own. Times are bounds from the chip's peaks, in seconds."""
+    memory, slices = program.memory_analysis(), _slices(plan)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     rows = hlo.collectives(text, slices if len(set(slices)) > 1 else None)
     out = sizes(plan, topology) | {

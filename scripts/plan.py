@@ -79,14 +79,14 @@ def planned(args):
     row = {"model": args.model, "method": args.method, "length": args.length, "remat": args.remat, "dtype": args.dtype,
            "frozen_dtype": args.frozen_dtype}  # fmt: skip
     try:
-        program = plan.compiled(step)
+        program, text = plan.compiled(step)
     except plan.TooLarge as error:
         if not args.table:
             raise
         return row | plan.sizes(step, args.topology) | {"fits": False, "bytes": error.bytes}
-    row |= {"compile_seconds": time.perf_counter() - started} | plan.report(step, program, args.topology)
+    row |= {"compile_seconds": time.perf_counter() - started} | plan.report(step, program, text, args.topology)
     if args.hlo:
-        files.write(args.hlo, program.as_text().encode())
+        files.write(args.hlo, text.encode())
     return row
 
 

@@ -107,7 +107,7 @@ def small(text="lora(rank=4)", mesh="fsdp=4,tensor=2", **changes):
 @pytest.mark.parametrize("text, share", [("full", 1.0), ("lora(rank=4)", None)])
 def test_a_step_planned_on_eight_devices(text, share):
     step = small(text)
-    row = plan.report(step, plan.compiled(step), "cpu:8")
+    row = plan.report(step, *plan.compiled(step), "cpu:8")
     matrices, tokens = 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) + 64 * 256, 8 * 16
     attention = 3 * 4 * 8 * 16**2 * 4 * 16 * 4
     if share:
@@ -127,7 +127,7 @@ def test_less_is_held_with_frozen_weights_in_bfloat16():
     held, frozen = [], 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) + 2 * 64 * 256
     for dtype in ("float32", "bfloat16"):
         step = small(frozen_dtype=dtype, mesh="fsdp=8")
-        held.append(plan.report(step, plan.compiled(step), "cpu:8")["bytes_held"])
+        held.append(plan.report(step, *plan.compiled(step), "cpu:8")["bytes_held"])
     assert held[0] - held[1] == 2 * frozen / 8
 
 

@@ -23,7 +23,7 @@ def measured(method, batch, length, remat, sizes, dtype="float32"):
     spec = {"method": method, "batch": batch, "length": length, "remat": remat, "dtype": dtype}
     step = plan.planned(ours.config(spec) | {"mesh": {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}}, config_from_hf(sizes, head="lm"),
                         jax.devices()[:1])  # fmt: skip
-    memory = plan.compiled(step).memory_analysis()
+    memory = plan.compiled(step)[0].memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     found = {"peak": held + memory.temp_size_in_bytes, "optimizer": _bytes(step.state.opt_state), "trainable": _bytes(step.state.trainable)}
     if not 2 * found["trainable"] <= found["optimizer"] <= 2 * found["trainable"] + 64:
