@@ -24,7 +24,7 @@ if [ -n "${opt[dry-run]}" ]; then
 fi
 
 caught=0 requeue=''
-# shellcheck disable=SC2317  # the trap calls it
+# shellcheck disable=SC2317,SC2329  # the trap calls it
 stop() {
   caught=$((caught + 1))
   # Only a job that still counts as running met its limit or is preempted; one that was cancelled is to stay away.

@@ -1,9 +1,8 @@
 """Every shell script of the project is clean by shellcheck and stops at the first failure."""
 
-import shutil
+import pathlib
 import subprocess
-
-import pytest
+import sys
 
 from tests.launchers.stubs import ROOT
 
@@ -11,11 +10,9 @@ SOURCED = ("setup.sh", "common.sh")  # they take the settings of the script that
 
 
 def test_shellcheck():
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed")
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").rglob("*.sh"))
     assert len(files) >= 9
-    done = subprocess.run(["shellcheck", "--external-sources", *files], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([pathlib.Path(sys.executable).with_name("shellcheck"), "--external-sources", *files], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
